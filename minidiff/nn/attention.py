@@ -1,0 +1,83 @@
+"""Attention: every position asks (query), every source answers (key, value).
+
+    attention(q, k, v) = softmax(q·kᵀ / √d)·v                                  (Vaswani et al. 2017, eq. 1)
+
+Self-attention lets far parts of a picture agree. Cross-attention is where text enters it: positions ask, words answer.
+The transformer of Stable Diffusion (Rombach et al. 2022, appendix E.2.1) stacks both and a gated feed-forward layer.
+"""
+
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over a sequence."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from a sequence to tokens; tokens whose mask is False are not seen."""
+
+    def __init__(self, dim: int, heads: int, token_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(token_dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], tokens: Float[Tensor, "b l e"], mask: Bool[Tensor, "b l"] | None
+    ) -> Float[Tensor, "b n d"]:
+        q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads)
+        k, v = rearrange(self.kv(tokens), "b l (two h d) -> two b h l d", two=2, h=self.heads)
+        seen = None if mask is None else mask[:, None, None, :]  # (b, 1, 1, l)
+        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v, seen), "b h n d -> b n (h d)"))
+
+
+class FeedForward(nn.Module):
+    """GEGLU, then a projection back: (x·W₁ ⊙ gelu(x·W₂))·W₃ (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, dim: int, expansion: int = 4) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * expansion * dim)
+        self.out = nn.Linear(expansion * dim, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return self.out(value * F.gelu(gate))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the positions of a feature map, added to the map."""
+
+    def __init__(self, channels: int, heads: int, token_dim: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.norm_self, self.norm_cross, self.norm_ff = (nn.LayerNorm(channels) for _ in range(3))
+        self.self_attention = SelfAttention(channels, heads)
+        self.cross_attention = CrossAttention(channels, heads, token_dim)
+        self.feed_forward = FeedForward(channels)
+        self.proj_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.proj_out.weight)  # the block starts as the identity
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], tokens: Float[Tensor, "b l e"], mask: Bool[Tensor, "b l"] | None
+    ) -> Float[Tensor, "b c h w"]:
+        h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        h = h + self.self_attention(self.norm_self(h))
+        h = h + self.cross_attention(self.norm_cross(h), tokens, mask)
+        h = h + self.feed_forward(self.norm_ff(h))
+        return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])

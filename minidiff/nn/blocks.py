@@ -1,0 +1,79 @@
+"""The convolutional blocks of the UNet: residual blocks that hear the time, and the two changes of resolution."""
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from minidiff.nn.attention import SpatialTransformer
+
+
+class ResBlock(nn.Module):
+    """norm → SiLU → conv, twice, with the time embedding added in between and a skip around (Ho et al. 2020, appendix B)."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        nn.init.zeros_(self.conv2.weight)  # the block starts as its skip
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b d"]) -> Float[Tensor, "b o h w"]:
+        """`time` is the time embedding after its SiLU, which all blocks share."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+class Block(nn.Module):
+    """A ResBlock and, on levels that attend, a transformer."""
+
+    def __init__(self, res: ResBlock, transformer: SpatialTransformer | None) -> None:
+        super().__init__()
+        self.res = res
+        self.transformer = transformer
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        time: Float[Tensor, "b d"],
+        tokens: Float[Tensor, "b l e"] | None,
+        mask: Bool[Tensor, "b l"] | None,
+    ) -> Float[Tensor, "b o h w"]:
+        h = self.res(x, time)
+        return h if self.transformer is None else self.transformer(h, tokens, mask)
+
+
+class Downsample(nn.Module):
+    """Halves the resolution by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution by repeating pixels, then a convolution (no checkerboards: Odena et al. 2016)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, and the way to the next one (None at the ends of the U)."""
+
+    def __init__(self, blocks: list[Block], resample: Downsample | Upsample | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.resample = resample

@@ -1,0 +1,201 @@
+"""The forward process: how data becomes noise. A process is two functions of time,
+
+    xt = alpha(t)·x0 + sigma(t)·eps,    t in [0, 1],    t = 0: data (alpha 1, sigma 0),    t = 1: noise.
+
+Our alpha² is DDPM's alpha-bar (`alphas_cumprod`), and Karras' sigma is our sigma/alpha. The signal-to-noise
+ratio is snr = alpha²/sigma².
+
+    Linear, ScaledLinear, Cosine, Sigmoid    variance preserving, alpha² + sigma² = 1
+    Flow                                     a straight line from data to noise
+    EDM                                      variance exploding, alpha = 1
+    ZeroTerminalSNR                          makes a variance preserving process end in pure noise
+
+`t` may have any shape. Samplers need it in float64: in their last steps 1 - alpha is tiny.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minidiff.errors import InputError
+
+
+class Process:
+    """The interface of a process, and what follows from `alpha` and `sigma` alone."""
+
+    t_max = 1.0  # where training and sampling begin; below 1 where alpha(1) = 0 makes eps impossible to undo
+
+    def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """Returns how much of the data is left at time `t`."""
+        raise NotImplementedError
+
+    def sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """Returns the standard deviation of the noise at time `t`."""
+        raise NotImplementedError
+
+    def tau(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """Returns the embedding time that networks receive, in DDPM's units: 0 … 999, fractions allowed."""
+        return 999 * t
+
+    def draw(self, u: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """Returns training times in (0, t_max] from uniform `u` in [0, 1)."""
+        return self.t_max * (1 - u)  # u can be exactly 0, but at t = 0 there is nothing to learn
+
+    def log_snr(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """Returns log(alpha²/sigma²): +inf at t = 0, and it only falls."""
+        return 2 * torch.log(self.alpha(t) / self.sigma(t))
+
+    def t_of_log_snr(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """Returns the times (float64) in [0, t_max] at which `log_snr` is reached, by bisection."""
+        target = log_snr.double()
+        low, high = torch.zeros_like(target), torch.full_like(target, self.t_max)
+        for _ in range(64):
+            middle = (low + high) / 2
+            too_clean = self.log_snr(middle) > target
+            low, high = torch.where(too_clean, middle, low), torch.where(too_clean, high, middle)
+        return high
+
+
+@dataclass(frozen=True)
+class Linear(Process):
+    """DDPM (Ho et al. 2020) in continuous time: alpha² = exp(-∫beta) (Song et al. 2021b, app. C)."""
+
+    beta_start: float = 1e-4  # noise of the first and the last of 1000 steps
+    beta_end: float = 0.02
+
+    def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.exp(-self._integral(t) / 2)
+
+    def sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.sqrt(-torch.expm1(-self._integral(t)))  # keeps the digits that 1 - alpha² loses at t = 0
+
+    def _integral(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return 1000 * (self.beta_start * t + (self.beta_end - self.beta_start) * t**2 / 2)
+
+
+@dataclass(frozen=True)
+class ScaledLinear(Linear):
+    """Latent and Stable Diffusion (Rombach et al. 2022): the square root of beta rises linearly."""
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+    def _integral(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        start, rise = math.sqrt(self.beta_start), math.sqrt(self.beta_end) - math.sqrt(self.beta_start)
+        return 1000 * (start**2 * t + start * rise * t**2 + rise**2 * t**3 / 3)
+
+
+@dataclass(frozen=True)
+class Cosine(Process):
+    """alpha is a quarter of a cosine, so noise comes slowly at both ends (Nichol & Dhariwal 2021, eq. 17)."""
+
+    s: float = 0.008  # keeps the first steps from being too small
+    t_max = 0.999
+
+    def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.cos(self._angle(t)) / torch.cos(self._angle(torch.zeros_like(t)))
+
+    def sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        angle, start = self._angle(t), self._angle(torch.zeros_like(t))
+        # From cos²a - cos²b = sin(b - a)·sin(b + a), which keeps the digits that 1 - alpha² loses near t = 0.
+        return torch.sqrt(torch.sin(angle - start) * torch.sin(angle + start)) / torch.cos(start)
+
+    def _angle(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return (t + self.s) / (1 + self.s) * (math.pi / 2)
+
+
+@dataclass(frozen=True)
+class Sigmoid(Process):
+    """alpha² falls along a sigmoid from `start` to `end`, scaled to go from 1 to 0 (Jabri et al. 2022)."""
+
+    start: float = -3.0
+    end: float = 3.0
+    t_max = 0.999
+
+    def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        low, now, high = self._values(t)
+        return torch.sqrt((high - now) / (high - low))
+
+    def sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        low, now, high = self._values(t)
+        return torch.sqrt((now - low) / (high - low))
+
+    def _values(self, t: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], ...]:
+        at = (torch.zeros_like(t), t, torch.ones_like(t))
+        return tuple(torch.sigmoid(self.start + (self.end - self.start) * time) for time in at)
+
+
+@dataclass(frozen=True)
+class Flow(Process):
+    """Rectified flow (Liu et al. 2023; Lipman et al. 2023): xt = (1 - t)·x0 + t·eps."""
+
+    t_max = 0.999
+
+    def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return 1 - t
+
+    def sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return t
+
+
+@dataclass(frozen=True)
+class LogitNormalFlow(Flow):
+    """Rectified flow trained mostly mid-way: t = sigmoid(mean + std·normal) (Esser et al. 2024)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def draw(self, u: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(1 - u)).clamp(max=self.t_max)
+
+
+@dataclass(frozen=True)
+class EDM(Process):
+    """alpha = 1, sigma = sigma_max·t**rho; training draws a log-normal sigma (Karras et al. 2022)."""
+
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    p_mean: float = -1.2  # mean and standard deviation of log sigma in training
+    p_std: float = 1.2
+
+    def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return self.sigma_max * t**self.rho
+
+    def draw(self, u: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(1 - u))
+        return ((sigma / self.sigma_max) ** (1 / self.rho)).clamp(max=self.t_max)
+
+
+@dataclass(frozen=True)
+class ZeroTerminalSNR(Process):
+    """A variance preserving process, alpha shifted and scaled to end at exactly 0 (Lin et al. 2023, alg. 1).
+
+    At t = 1 nothing of the data is left, so eps cannot be the objective; `Denoiser` refuses it.
+    """
+
+    process: Process
+
+    def __post_init__(self) -> None:
+        half = torch.tensor(0.5, dtype=torch.float64)
+        if abs(self.process.alpha(half) ** 2 + self.process.sigma(half) ** 2 - 1) > 1e-6:
+            name = type(self.process).__name__
+            raise InputError(
+                "MD-PROCESS-001",
+                f"ZeroTerminalSNR cannot wrap {name}: it rescales alpha and takes sigma from "
+                f"alpha² + sigma² = 1, which {name} does not keep. Wrap Linear, ScaledLinear, Cosine or "
+                "Sigmoid. Flow and EDM need none: the first ends in noise, the second drowns the data in it.",
+            )
+
+    def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        last = self.process.alpha(torch.ones_like(t))
+        return (self.process.alpha(t) - last) / (1 - last)
+
+    def sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        alpha = self.alpha(t)
+        return torch.sqrt((1 - alpha) * (1 + alpha))

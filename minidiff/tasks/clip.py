@@ -1,0 +1,69 @@
+"""Contrastive language-image pre-training: trains an OpenCLIP model so that captions and pictures that belong together agree.
+
+    loss = ½·CE(s·I·Tᵀ) + ½·CE(s·T·Iᵀ),  I, T: (b, e) of unit length, correct pairs on the diagonal
+
+(Radford et al. 2021, figure 3.) Its text half then becomes the frozen text encoder of the diffusion model.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minidiff.data import Batch
+from minidiff.text import TINY, Tokenizer, create_clip
+
+MAX_LOGIT_SCALE = 4.6052  # log 100, the paper's bound
+
+
+class ContrastivePretraining:
+    """Trains the tiny OpenCLIP model from random weights; `model` is what learns and what is saved."""
+
+    def __init__(self, model: str = TINY) -> None:
+        self.model: nn.Module = create_clip(model)
+        self.tokenizer = Tokenizer(model)
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> "ContrastivePretraining":
+        self.device = device
+        self.model.to(device)
+        return self
+
+    def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Returns the symmetric cross-entropy, and the share of captions that find their own picture first."""
+        logits = self._logits(batch)
+        truth = torch.arange(len(logits), device=logits.device)
+        loss = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+        return loss, {"retrieval": (logits.T.argmax(1) == truth).float().mean().detach()}
+
+    @torch.no_grad()
+    def validate(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Returns val_loss and the retrieval rate within batches."""
+        results = [self.loss(batch) for batch in batches]
+        return {
+            "val_loss": torch.stack([loss for loss, _ in results]).mean().item(),
+            "val_retrieval": torch.stack([extra["retrieval"] for _, extra in results]).mean().item(),
+        }
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> "Image.Image":  # noqa: F821
+        """Returns the matrix of agreement between captions (rows) and pictures (columns), the diagonal being the truth."""
+        from PIL import Image
+
+        agreement = self._logits(batch).T.softmax(dim=1).cpu()
+        return Image.fromarray((255 * (1 - agreement)).byte().numpy()).resize((512, 512), Image.Resampling.NEAREST)
+
+    def learn_words(self, captions: Iterable[str]) -> None:
+        """Nothing to remember: the encoder takes any word."""
+
+    def contract(self, recipe: Mapping) -> dict:
+        """Returns what a checkpoint must say about the model."""
+        return {"clip": dict(recipe)}
+
+    def _logits(self, batch: Batch) -> Float[Tensor, "b b"]:
+        ids = self.tokenizer(batch.captions).to(self.device)
+        image = self.model.encode_image(batch.x(self.device), normalize=True)
+        text = self.model.encode_text(ids, normalize=True)
+        return self.model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * image.float() @ text.float().T

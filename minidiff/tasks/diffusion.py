@@ -1,0 +1,98 @@
+"""Text-to-image diffusion: what is particular to learning pictures from their captions.
+
+    x0   = space.encode(images)
+    cond = text(captions), replaced by the empty caption for a share `drop_cond` of the samples
+    loss = denoiser.loss(x0, cond, t, eps)
+
+Noise, time and dropout of a sample depend on the run's seed and the sample's number alone (`minidiff.seeds`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from minidiff.data import Batch
+from minidiff.pipeline import Pipeline, contract, words
+from minidiff.seeds import generator
+from minidiff.viz import grid
+
+GOLDEN = 0.6180339887498949  # (√5 − 1)/2: multiples modulo 1 fill [0, 1) as evenly as can be
+PREVIEWS = 16  # pictures on a sheet
+NOISE_LEVELS = 10  # bins of t in which the loss is told apart
+
+
+class TextToImage:
+    """Trains a pipeline's network; `model` is what learns and what is saved."""
+
+    def __init__(self, pipeline: Pipeline, drop_cond: float, seed: int) -> None:
+        self.pipeline = pipeline
+        self.drop_cond = drop_cond  # share of samples trained without their caption, for guidance
+        self.seed = seed
+
+    @property
+    def model(self) -> nn.Module:
+        return self.pipeline.denoiser.net
+
+    @model.setter
+    def model(self, wrapped: nn.Module) -> None:
+        self.pipeline.denoiser.net = wrapped
+
+    def to(self, device: torch.device) -> "TextToImage":
+        self.pipeline.to(device)
+        return self
+
+    def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Returns the mean weighted error of the network's answer over a batch."""
+        device = self.pipeline.device
+        eps, u, keep = self._draw(batch.index)
+        cond = self.pipeline.text(batch.captions).where(keep, self.pipeline.text([""]))
+        x0 = self.pipeline.space.encode(batch.x(device))
+        t = self.pipeline.denoiser.process.draw(u)
+        return self.pipeline.denoiser.loss(x0, cond.to(device), t, eps.to(device)).mean(), {}
+
+    def _draw(
+        self, index: Sequence[int]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"], Bool[Tensor, " b"]]:
+        """Returns noise, a uniform number for the time, and whether the caption is kept, for each sample number.
+
+        The uniform numbers are a Weyl sequence, so that every batch covers all noise levels evenly and its loss
+        varies less (cf. the low-discrepancy times of Kingma et al. 2021, appendix I.1).
+        """
+        draws = [generator(self.seed, "noise", i) for i in index]
+        keep = torch.stack([torch.rand((), generator=g) for g in draws]) >= self.drop_cond
+        eps = torch.stack([torch.randn(self.pipeline.space.shape, generator=g) for g in draws])
+        start = torch.rand((), generator=generator(self.seed, "time"), dtype=torch.float64)
+        return eps, (start + GOLDEN * torch.tensor(index, dtype=torch.float64)) % 1, keep
+
+    @torch.no_grad()
+    def validate(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Returns val_loss at fixed noise and fixed, evenly spread times, and the loss per noise level (loss_t0: least noise)."""
+        device, denoiser = self.pipeline.device, self.pipeline.denoiser
+        losses, times = [], []
+        total = sum(len(batch.index) for batch in batches)
+        for batch in batches:
+            eps = torch.stack([torch.randn(self.pipeline.space.shape, generator=generator(0, "validation", i)) for i in batch.index])
+            # (i·φ mod 1) again: neighbours in the data get times that are far apart
+            u = (GOLDEN * torch.tensor(batch.index, dtype=torch.float64)) % 1
+            x0, cond = self.pipeline.space.encode(batch.x(device)), self.pipeline.text(batch.captions).to(device)
+            losses.append(denoiser.loss(x0, cond, denoiser.process.draw(u), eps.to(device)).cpu())
+            times.append(1 - u)
+        loss, level = torch.cat(losses), (torch.cat(times) * NOISE_LEVELS).long().clamp(max=NOISE_LEVELS - 1)
+        levels = {f"loss_t{k}": loss[level == k].mean().item() for k in range(NOISE_LEVELS) if (level == k).any()}
+        return {"val_loss": loss.mean().item()} | (levels if total >= 4 * NOISE_LEVELS else {})
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> "Image.Image":  # noqa: F821
+        """Returns a sheet of pictures of the batch's captions, from the same noise every time."""
+        prompts = batch.captions[:PREVIEWS]
+        return grid(self.pipeline.sample(prompts, list(range(len(prompts)))), prompts)
+
+    def learn_words(self, captions: Iterable[str]) -> None:
+        """Remembers the words of the training captions, so that sampling can name those it has never seen."""
+        self.pipeline.vocabulary = frozenset(word for caption in captions for word in words(caption))
+
+    def contract(self, recipe: Mapping) -> dict:
+        """Returns what a checkpoint must say for `minidiff.load`; `recipe` is the configuration of this task."""
+        return contract(self.pipeline, recipe["pipeline"])

@@ -1,0 +1,150 @@
+"""Text → numbers, by a frozen OpenCLIP text encoder; the only door to `open_clip`.
+
+    captions ─BPE─► ids (b, l) ─transformer─► tokens (b, l, d)   every word in its context → cross-attention
+                                        └───► vector (b, e)      the caption as a whole    → time embedding
+
+OpenCLIP (Cherti et al. 2022) is trained so that a caption's vector lies near its picture's. Stable Diffusion uses the tokens,
+DALL·E 2 the vectors, here both are at hand. The empty caption is the null condition of classifier-free guidance.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+import minidiff
+from minidiff import checkpoint
+from minidiff.cond import Cond
+from minidiff.errors import InputError, MachineError
+
+TINY = "minidiff-tiny"  # our own OpenCLIP configuration, data/clip_shapes/minidiff-tiny.json
+BATCH = 256  # captions encoded at once
+
+
+def create_clip(model: str, pretrained: str | None = None) -> nn.Module:
+    """Returns an OpenCLIP model: with random weights, or with weights that OpenCLIP fetches by the tag `pretrained`.
+
+    Raises MachineError (MD-TEXT-001) if they cannot be fetched and InputError (MD-TEXT-002) for an unknown model.
+    """
+    with _open_clip() as open_clip:
+        if model not in open_clip.list_models():
+            raise InputError("MD-TEXT-002", f"OpenCLIP has no model '{model}'. Known models: {open_clip.list_models()}.")
+        try:
+            return open_clip.create_model(model, pretrained=pretrained).eval()
+        except (OSError, RuntimeError) as error:
+            raise MachineError(
+                "MD-TEXT-001",
+                f"The pretrained weights '{pretrained}' of OpenCLIP's {model} are neither in the local cache nor could they be "
+                f"downloaded ({type(error).__name__}). Run once on a machine with internet, or copy its Hugging Face cache "
+                "folder here (its place is $HF_HOME), or use text=tiny, which comes with minidiff.",
+            ) from error
+
+
+@contextmanager
+def _open_clip():
+    """Imports open_clip with our own configuration registered; its remarks and the hub's retries stay off the screen."""
+    import logging
+
+    import open_clip
+
+    open_clip.add_model_config(minidiff.bundled("clip_shapes") / f"{TINY}.json")
+    logging.disable(logging.CRITICAL)  # what matters of it is said in our own errors
+    try:
+        yield open_clip
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+class Tokenizer:
+    """OpenCLIP's byte-pair encoding: caption → start, word pieces, end, padding."""
+
+    def __init__(self, model: str) -> None:
+        with _open_clip() as open_clip:
+            self._bpe = open_clip.get_tokenizer(model)
+        self.length = self._bpe.context_length
+
+    def __call__(self, captions: Sequence[str]) -> Int[Tensor, "b l"]:
+        """Returns ids padded with 0 to the context length; longer captions lose their tail but keep the end token."""
+        return self._bpe(list(captions))
+
+    def lengths(self, ids: Int[Tensor, "b l"]) -> Int[Tensor, " b"]:
+        """Returns the number of tokens up to and with the end token, which has the largest id."""
+        return ids.argmax(dim=1) + 1
+
+    def lost(self, caption: str) -> str:
+        """Returns the end of the caption that does not fit into the context ("" if all of it does)."""
+        pieces = self._bpe.encode(caption)
+        return self._bpe.decode(pieces[self.length - 2 :]).strip()
+
+
+class TextEncoder:
+    """A frozen OpenCLIP text encoder with a memory: each distinct caption is encoded once.
+
+    `layer` counts the transformer's layers from the end: −1 is the last, −2 the one before it, as in Stable Diffusion 2.
+    """
+
+    def __init__(
+        self, model: str, *, pretrained: str | None = None, weights: str | Path | None = None, layer: int = -1
+    ) -> None:
+        clip = create_clip(model, pretrained)
+        if weights is not None:
+            clip.load_state_dict(checkpoint.read_tensors(weights))
+        del clip.visual  # captions only; the picture tower may be most of the model
+        self.recipe = {"model": model, "pretrained": pretrained, "weights": weights and str(weights), "layer": layer}
+        self.tokenizer = Tokenizer(model)
+        self._clip, self._layer = clip.float().requires_grad_(False), layer
+        self._memory: dict[str, tuple[Tensor, Tensor]] = {}
+        self.device = torch.device("cpu")
+        self.identity = _fingerprint(clip, model, layer)
+        null = self([""])
+        self.token_dim, self.vector_dim = null.tokens.shape[2], null.vector.shape[1]
+
+    def to(self, device: torch.device | str) -> "TextEncoder":
+        """Moves the transformer; the memory stays on the CPU."""
+        self.device = torch.device(device)
+        self._clip.to(device)
+        return self
+
+    def __call__(self, captions: Sequence[str]) -> Cond:
+        """Returns tokens (b, l, d), their mask and vectors (b, e), on the CPU, in float32; l is the encoder's context."""
+        missing = [c for c in dict.fromkeys(captions) if c not in self._memory]
+        for i in range(0, len(missing), BATCH):
+            self._encode(missing[i : i + BATCH])
+        rows = [self._memory[c] for c in captions]
+        tokens = rows[0][0].new_zeros(len(rows), self.tokenizer.length, rows[0][0].shape[1])
+        mask = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+        for i, (row, _) in enumerate(rows):
+            tokens[i, : len(row)], mask[i, : len(row)] = row, True
+        return Cond(tokens=tokens, mask=mask, vector=torch.stack([vector for _, vector in rows]))
+
+    @torch.no_grad()
+    def _encode(self, captions: Sequence[str]) -> None:
+        ids = self.tokenizer(captions)
+        out = self._clip.forward_intermediates(
+            text=ids.to(self.device),
+            text_indices=[self._clip.transformer.layers + self._layer],
+            normalize_intermediates=True,
+        )
+        tokens, vectors = out["text_intermediates"][0].float().cpu(), out["text_features"].float().cpu()
+        vectors = vectors * vectors.shape[1] ** 0.5  # unit length → unit variance, the scale of every other network input
+        for i, (caption, length) in enumerate(zip(captions, self.tokenizer.lengths(ids).tolist(), strict=True)):
+            self._memory[caption] = (tokens[i, :length].clone(), vectors[i])
+
+
+def _fingerprint(clip: nn.Module, model: str, layer: int) -> str:
+    """Names an encoder by what it computes: model, layer and a hash of its weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(clip.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else str(value).encode())
+    return f"{model}/{layer}/{digest.hexdigest()[:16]}"
+
+
+def tiny(weights: str | Path | None = None, layer: int = -1) -> TextEncoder:
+    """Returns the bundled encoder of the shapes world, or one trained by `python train.py experiment=clip_shapes`."""
+    weights = weights or minidiff.bundled("clip_shapes") / "model.safetensors"
+    return TextEncoder(TINY, weights=weights, layer=layer)
