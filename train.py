@@ -16,6 +16,11 @@ from minidiff.errors import CheckpointError
 
 @entry("train")
 def main(values: dict) -> None:
+    train(values)
+
+
+def train(values: dict) -> None:
+    """Trains one run from its configuration: goes round the loop, and does what is due."""
     check(values, TRAIN_RANGES)
     run = Run(values)
     if run.start >= run.steps:
@@ -56,7 +61,9 @@ class Run:
 
         torch.manual_seed(values["seed"])  # the initial weights; all other randomness has its own place
         self.task = build(values["task"]).to(self.accelerator.device)
-        self.model = self.task.model.to(memory_format=torch.channels_last)
+        self.model = self.task.model
+        if self.accelerator.device.type == "cuda":
+            self.model.to(memory_format=torch.channels_last)  # faster there, slower on a CPU
         self.optimizer = make_optimizer(self.model, values["optim"])
         self.ema = EMA(self.model, values["ema"])
         came_from = self.find_checkpoint()

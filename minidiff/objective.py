@@ -122,3 +122,17 @@ class MinSNR:
 
     def __call__(self, alpha: Tensor, sigma: Tensor, det: Tensor) -> Tensor:
         return torch.minimum(alpha**2, self.gamma * sigma**2) / det**2
+
+
+@dataclass(frozen=True)
+class VError:
+    """1 + snr on the error of x0_hat, at most `limit`: the error of v, whatever the objective (Salimans & Ho 2022, §4).
+
+    With objective x0 the network answers with a picture, which is simple, and is still judged at every noise level
+    (Li & He 2025, "Back to Basics: Let Denoising Generative Models Denoise").
+    """
+
+    limit: float = 100.0
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, det: Tensor) -> Tensor:
+        return torch.minimum(alpha**2 + sigma**2, self.limit * sigma**2) / det**2

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-import minidiff
 from minidiff import checkpoint
 from minidiff.cond import Cond
 from minidiff.errors import InputError, MachineError
+from minidiff.resources import bundled
+from minidiff.state import load_model
 
 TINY = "minidiff-tiny"  # our own OpenCLIP configuration, data/clip_shapes/minidiff-tiny.json
 BATCH = 256  # captions encoded at once
@@ -51,7 +52,7 @@ def _open_clip():
 
     import open_clip
 
-    open_clip.add_model_config(minidiff.bundled("clip_shapes") / f"{TINY}.json")
+    open_clip.add_model_config(bundled("clip_shapes") / f"{TINY}.json")
     logging.disable(logging.CRITICAL)  # what matters of it is said in our own errors
     try:
         yield open_clip
@@ -92,7 +93,7 @@ class TextEncoder:
     ) -> None:
         clip = create_clip(model, pretrained)
         if weights is not None:
-            clip.load_state_dict(checkpoint.read_tensors(weights))
+            load_model(clip, checkpoint.read_tensors(weights))
         del clip.visual  # captions only; the picture tower may be most of the model
         self.recipe = {"model": model, "pretrained": pretrained, "weights": weights and str(weights), "layer": layer}
         self.tokenizer = Tokenizer(model)
@@ -146,5 +147,5 @@ def _fingerprint(clip: nn.Module, model: str, layer: int) -> str:
 
 def tiny(weights: str | Path | None = None, layer: int = -1) -> TextEncoder:
     """Returns the bundled encoder of the shapes world, or one trained by `python train.py experiment=clip_shapes`."""
-    weights = weights or minidiff.bundled("clip_shapes") / "model.safetensors"
+    weights = weights or bundled("clip_shapes") / "model.safetensors"
     return TextEncoder(TINY, weights=weights, layer=layer)

@@ -140,19 +140,19 @@ def test_float32_stays_finite_float32_from_the_noisiest_time(process, sampler, g
 
 
 @every_process_with_signal
-@pytest.mark.parametrize("sampler, order, tolerance", [(ddim, 1, 0.03), (heun, 2, 1e-3), (dpmpp_2m, 2, 1e-3)])
+@pytest.mark.parametrize("sampler, order, tolerance", [(ddim, 1, 0.04), (heun, 2, 2e-3), (dpmpp_2m, 2, 2e-3)])
 def test_every_process_reaches_the_same_image_at_the_samplers_order(process, sampler, order, tolerance):
-    errors = [error(sampler, process, samplers.log_snr(process, n + 1)) for n in (40, 80, 160)]
+    errors = [error(sampler, process, samplers.log_snr(process, n + 1)) for n in (30, 60, 120)]
     assert errors[-1] < tolerance
     for coarse, fine in pairwise(errors):
-        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.12)
 
 
 @pytest.mark.parametrize("sampler, order", [(ddim, 1), (heun, 2), (dpmpp_2m, 2)])
 def test_the_order_holds_for_steps_of_unequal_width(sampler, order):
     # a multistep method must know how wide its last step was: here widths alternate between 1 and 2
     errors = []
-    for n in (40, 80, 160):
+    for n in (30, 60, 120):
         even = samplers.log_snr(Flow(), 3 * n + 1)
         kept = torch.arange(len(even)) % 3 != 2
         kept[-1] = True

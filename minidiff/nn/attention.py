@@ -6,10 +6,31 @@ Self-attention lets far parts of a picture agree. Cross-attention is where text 
 The transformer of Stable Diffusion (Rombach et al. 2022, appendix E.2.1) stacks both and a gated feed-forward layer.
 """
 
+import math
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+
+SMALL = 256 * 256  # scores per head; on a CPU, PyTorch's fused kernel trains several times slower below this
+
+
+def attend(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h l d"],
+    v: Float[Tensor, "b h l d"],
+    mask: Bool[Tensor, "b 1 1 l"] | None = None,
+) -> Float[Tensor, "b h n d"]:
+    """The formula above: written out for small sequences on a CPU, by PyTorch's fused kernels elsewhere."""
+    if q.device.type != "cpu" or q.shape[2] * k.shape[2] > SMALL:
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    scores = (q / math.sqrt(q.shape[-1])) @ k.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1) @ v
 
 
 class SelfAttention(nn.Module):
@@ -23,7 +44,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        return self.out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
 
 
 class CrossAttention(nn.Module):
@@ -42,7 +63,7 @@ class CrossAttention(nn.Module):
         q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads)
         k, v = rearrange(self.kv(tokens), "b l (two h d) -> two b h l d", two=2, h=self.heads)
         seen = None if mask is None else mask[:, None, None, :]  # (b, 1, 1, l)
-        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v, seen), "b h n d -> b n (h d)"))
+        return self.out(rearrange(attend(q, k, v, seen), "b h n d -> b n (h d)"))
 
 
 class FeedForward(nn.Module):

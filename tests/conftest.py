@@ -1,0 +1,38 @@
+"""What several rooms' tests share: a run of the shapes world that is tiny enough to train in seconds."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for the network
+
+TINY_RUN = ["steps=4", "batch_size=8", "data.n=64", "data.validation=16", "net.channels=[16,32]", "net.groups=4"]
+TINY_RUN += ["sampling_steps=2", "every.log=1", "every.preview=4", "every.validate=2", "every.save=2"]
+TINY_RUN += ["compile=false", "precision=fp32", "device=cpu", "workers=0"]
+
+
+def train(folder: Path, *overrides: str) -> Path:
+    """Trains inside `folder` as `python train.py` would, in this process; returns the run folder."""
+    import sys
+
+    from minidiff.config import CONF, compose
+
+    sys.path.insert(0, str(CONF.parent))
+    import train as script
+
+    before = Path.cwd()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    try:
+        values = compose("train", TINY_RUN + list(overrides))
+        script.train(values)
+    finally:
+        os.chdir(before)
+        sys.path.remove(str(CONF.parent))
+    return folder / "runs" / values["name"]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    return train(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,128 @@
+"""The two scripts as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_RUN, train
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / name), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_holds_everything(tiny_run):
+    names = {p.name for p in tiny_run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "metrics.csv", "log.txt", "samples", "checkpoints"} <= names
+    assert (tiny_run / "checkpoints" / "LATEST").read_text().strip() == "step_00000004"
+    assert [line["step"] for line in lines(tiny_run)] == [1, 2, 3, 4]
+    last = lines(tiny_run)[-1]
+    assert {"loss", "val_loss", "val_loss_ema", "lr", "grad_norm", "images_per_s"} <= last.keys()
+    assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == ["step_00000000.png", "step_00000004.png"]
+    Image.open(tiny_run / "samples" / "step_00000004.png").verify()
+
+
+def test_running_again_goes_on_and_equals_an_uninterrupted_run(tmp_path):
+    whole = train(tmp_path / "whole", "steps=4")
+    # the same schedule, cut after two updates
+    parts = train(tmp_path / "parts", "steps=4", "every.save=2")
+    newest = parts / "checkpoints" / "step_00000004"
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    again = train(tmp_path / "parts", "steps=4")
+    import safetensors.torch as st
+
+    for part in ("model", "ema", "optimizer"):
+        a, b = (st.load_file(run / "checkpoints" / "step_00000004" / f"{part}.safetensors") for run in (whole, again))
+        assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a), part
+    assert [line["loss"] for line in lines(whole)] == [line["loss"] for line in lines(again)]
+
+
+def test_a_finished_run_says_so_and_does_nothing(tiny_run, capsys):
+    before = (tiny_run / "metrics.jsonl").read_text()
+    train(tiny_run.parents[1])
+    assert "trained to step 4 already" in capsys.readouterr().out
+    assert (tiny_run / "metrics.jsonl").read_text() == before
+
+
+def test_contrastive_pretraining_runs_and_its_weights_condition_a_run(tmp_path):
+    clip = train(tmp_path, "experiment=clip_shapes", "batch_size=8", "steps=4")
+    assert (clip / "samples" / "step_00000004.png").is_file()
+    weights = clip / "checkpoints" / "step_00000004" / "ema.safetensors"
+    run = train(tmp_path, f"text.weights={weights}")
+    import minidiff
+
+    assert minidiff.load(run).text.identity != minidiff.load(train(tmp_path / "bundled")).text.identity
+
+
+@pytest.mark.parametrize("objective", ["eps", "x0", "flow process=flow", "edm process=edm weighting=uniform"])
+def test_every_objective_trains(tmp_path, objective):
+    run = train(tmp_path, *f"objective={objective} steps=2 every.preview=2".split())
+    assert all(0 < line["loss"] < 100 for line in lines(run))
+
+
+def test_sample_writes_pictures_that_say_how_they_were_made(tiny_run, tmp_path):
+    out = tmp_path / "one.png"
+    done = script("sample.py", f"run={tiny_run}", "prompt=a zebra, large", "seed=0", "steps=2", f"out={out}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "'zebra'" in done.stdout
+    facts = json.loads(Image.open(out).text["minidiff"])
+    assert facts["prompt"] == "a zebra, large" and facts["seed"] == 0 and facts["steps"] == 2
+    assert {"sampler", "grid", "guidance", "run", "minidiff", "weights", "negative"} <= facts.keys()
+    import minidiff
+
+    again = minidiff.load(tiny_run, device="cpu")(facts["prompt"], seed=facts["seed"], steps=facts["steps"])[0]
+    assert again.tobytes() == Image.open(out).tobytes()
+
+
+def test_G1_prompt_files_with_blank_lines_bom_and_crlf(tiny_run, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa star\r\n\r\n../../x <b>\r\n".encode())
+    done = script("sample.py", f"run={tiny_run}", "prompts=prompts.txt", "n=2", "steps=2", "out=pictures", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["a-star_0.png", "a-star_1.png", "x-b_0.png", "x-b_1.png"]
+
+
+@pytest.mark.parametrize(
+    "name, arguments, code, words",
+    [
+        ("train.py", ["optim.lrr=1"], 2, "optim.lr"),
+        ("train.py", [*TINY_RUN, "batch_size=big"], 2, "batch_size=big must be a whole number"),
+        ("train.py", [*TINY_RUN, "image_size=50"], 2, "48 and 52"),
+        ("train.py", [*TINY_RUN, "resume=runs/x/step_999"], 4, "step_999"),
+        ("sample.py", ["run=runs/none", "prompt=x"], 4, "runs/none does not exist"),
+        ("sample.py", ["run=runs/none"], 2, "prompt="),
+        ("sample.py", ["run=runs/none", "prompt=x", "sampler=foo"], 2, "the choices are ddim"),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_an_exit_code(name, arguments, code, words, tmp_path):
+    done = script(name, *arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = script("train.py", "debug=true", "image_size=50", cwd=tmp_path)
+    assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["train.py", "--help"], ["sample.py", "--help"]])
+def test_help_and_import_stay_light(command, tmp_path):
+    heavy = "torch datasets open_clip wandb matplotlib accelerate".split()
+    code = f"import runpy, sys; sys.argv = {command!r}; sys.path.insert(0, {str(ROOT)!r})\n"
+    code += f"try: runpy.run_path({str(ROOT / command[0])!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+    code += f"print('HEAVY', [m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "HEAVY []" in done.stdout, done.stdout + done.stderr
+    assert "python" in done.stdout and "guidance" in done.stdout

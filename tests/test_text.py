@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from minidiff import text
+from minidiff.errors import MachineError
+from minidiff.text import TINY, TextEncoder, Tokenizer, create_clip, tiny
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    return tiny()
+
+
+def test_tokens_mask_and_vector_are_openclips_own(encoder):
+    captions = ["a red circle", "two small blue stars on a navy background"]
+    cond = encoder(captions)
+    clip, ids = encoder._clip, encoder.tokenizer(captions)
+    vectors = clip.encode_text(ids, normalize=True)
+    torch.testing.assert_close(cond.vector, vectors * vectors.shape[1] ** 0.5)
+    # start, three words, end
+    assert cond.mask.sum(1).tolist()[0] == 5
+    # the caption's vector is the projected end token of the last layer
+    ends = cond.tokens[torch.arange(2), cond.mask.sum(1) - 1] @ clip.text_projection
+    torch.testing.assert_close(torch.nn.functional.normalize(ends, dim=-1), vectors, rtol=1e-4, atol=1e-5)
+
+
+def test_each_distinct_caption_is_encoded_once(encoder, monkeypatch):
+    encoded = []
+    original = encoder._encode
+    monkeypatch.setattr(encoder, "_encode", lambda captions: encoded.extend(captions) or original(captions))
+    first = encoder(["an unheard caption", "an unheard caption", "another one"])
+    again = encoder(["another one", "an unheard caption"])
+    assert encoded == ["an unheard caption", "another one"]
+    assert torch.equal(first.tokens[2], again.tokens[0])
+
+
+def test_the_memory_cannot_be_written_through(encoder):
+    cond = encoder(["a red circle"])
+    before = cond.tokens.clone()
+    cond.tokens.zero_()
+    assert torch.equal(encoder(["a red circle"]).tokens, before)
+
+
+def test_a_caption_does_not_depend_on_its_batch(encoder):
+    alone = TextEncoder(**encoder.recipe)(["a green ring"])
+    among = TextEncoder(**encoder.recipe)(["two blue stars", "a green ring"])
+    torch.testing.assert_close(alone.vector[0], among.vector[1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_empty_prompt_is_start_and_end(encoder):
+    assert encoder([""]).mask.sum().item() == 2
+
+
+def test_C3_long_captions_keep_their_end_token_and_say_what_is_lost():
+    tokenizer = Tokenizer(TINY)
+    caption = " ".join(["star"] * (tokenizer.length - 2) + ["lost", "words"])
+    ids = tokenizer([caption])
+    assert ids.shape == (1, tokenizer.length)
+    assert ids[0, -1] == ids.max() == tokenizer([""]).max()
+    assert tokenizer.lost(caption) == "lost words"
+    assert tokenizer.lost("a short one") == ""
+
+
+def test_layers_differ_and_so_do_identities(encoder):
+    before_last = tiny(layer=-2)
+    assert before_last.identity != encoder.identity
+    assert not torch.allclose(before_last(["a star"]).tokens, encoder(["a star"]).tokens)
+    assert torch.equal(before_last(["a star"]).vector, encoder(["a star"]).vector)
+
+
+def test_identity_follows_the_weights(encoder):
+    assert tiny().identity == encoder.identity
+    assert text._fingerprint(create_clip(TINY), TINY, -1) != encoder.identity  # random weights
+
+
+def test_pretrained_weights_without_a_network_say_what_to_do(monkeypatch):
+    import open_clip
+
+    def unreachable(*_, **__):
+        raise RuntimeError("cannot reach the hub")
+
+    monkeypatch.setattr(open_clip, "create_model", unreachable)
+    with pytest.raises(MachineError, match="internet.*text=tiny"):
+        create_clip("ViT-B-32", "laion2b_s34b_b79k")
+
+
+@pytest.mark.parametrize("name", ["openclip_b32", "openclip_l14", "openclip_h14"])
+def test_the_named_pretrained_encoders_exist_in_openclip(name):
+    import open_clip
+
+    from minidiff.config import CONF
+    from omegaconf import OmegaConf
+
+    conf = OmegaConf.load(CONF / "text" / f"{name}.yaml")
+    assert conf.pretrained in open_clip.list_pretrained_tags_by_model(conf.model)
