@@ -70,7 +70,10 @@ def remarks(pipe, prompt: str) -> list[str]:
     if not prompt.strip():
         said.append("note: the prompt is empty, so the picture is unconditional")
     if unknown := pipe.unknown_words(prompt):
-        said.append(f"note: no training caption held {', '.join(map(repr, unknown))}; expect the model to ignore it (prompt: {prompt!r})")
+        said.append(
+            f"note: no training caption held {', '.join(map(repr, unknown))}; expect the model to ignore it "
+            f"(prompt: {prompt!r})"
+        )
     if lost := pipe.text.tokenizer.lost(prompt):
         said.append(f"note: the prompt is longer than {pipe.text.tokenizer.length} tokens; this part is lost: {lost!r}")
     return said
@@ -80,9 +83,11 @@ def describe(how) -> dict:
     """Returns sampling settings as plain values, for the metadata of a picture."""
     plain = {name: getattr(how, name) for name in SETTINGS}
     parts = {name: getattr(how, name) for name in ("sampler", "grid")}
-    return {name: getattr(f, "func", f).__name__ for name, f in parts.items()} | {
-        f"{name}_options": f.keywords for name, f in parts.items() if getattr(f, "keywords", None)
-    } | plain
+    return (
+        {name: getattr(f, "func", f).__name__ for name, f in parts.items()}
+        | {f"{name}_options": f.keywords for name, f in parts.items() if getattr(f, "keywords", None)}
+        | plain
+    )
 
 
 def write(made: list[tuple], out: str | None, run: Path) -> None:
@@ -99,9 +104,16 @@ def write(made: list[tuple], out: str | None, run: Path) -> None:
     if out is not None and out.lower().endswith(".png"):
         from minidiff.viz import grid
 
-        [(image, facts)] = made if len(made) == 1 else [
-            (grid([image for image, _ in made], [facts["prompt"] for _, facts in made]), [facts for _, facts in made])
-        ]
+        [(image, facts)] = (
+            made
+            if len(made) == 1
+            else [
+                (
+                    grid([image for image, _ in made], [facts["prompt"] for _, facts in made]),
+                    [facts for _, facts in made],
+                )
+            ]
+        )
         return save(image, facts, Path(out))
     folder = Path(out) if out is not None else run / "pictures"
     for image, facts in made:

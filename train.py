@@ -24,7 +24,9 @@ def train(values: dict) -> None:
     check(values, TRAIN_RANGES)
     run = Run(values)
     if run.start >= run.steps:
-        run.log.say(f"{run.folder} is trained to step {run.start} already: raise steps=, or choose another name= or resume=none")
+        run.log.say(
+            f"{run.folder} is trained to step {run.start} already: raise steps=, or choose another name= or resume=none"
+        )
     elif run.start == 0:
         run.preview(0)
     images, clock = 0, time.monotonic()
@@ -83,7 +85,9 @@ class Run:
         self.log.say(f"going on from {came_from}" if came_from else "no checkpoint found, starting at step 0")
 
     def open_data(self):
-        """Returns the source, the endless training batches from the first sample not yet seen, and the validation batches."""
+        """Returns the source, the endless training batches from the first sample not yet seen, and the validation
+        batches.
+        """
         from minidiff import data
 
         values, ranks = self.values, self.accelerator.num_processes

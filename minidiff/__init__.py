@@ -1,4 +1,6 @@
-"""minidiff: text-to-image diffusion from scratch. `minidiff.load(run)` gives a pipeline; the README, the reading order."""
+"""minidiff: text-to-image diffusion from scratch. `minidiff.load(run)` gives a pipeline; the README, the reading
+order.
+"""
 
 from pathlib import Path
 

@@ -5,7 +5,8 @@
     image    one picture per image        → concatenated to the input channels
 
 Dropping the condition for classifier-free guidance (Ho & Salimans 2022) and building the unconditional branch when
-sampling are the same operation, `cond.where(keep, null)`. It never writes into a tensor, so cached embeddings stay as they are.
+sampling are the same operation, `cond.where(keep, null)`. It never writes into a tensor, so cached embeddings stay as
+they are.
 """
 
 from collections.abc import Callable, Sequence

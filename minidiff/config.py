@@ -1,8 +1,9 @@
 """Configuration: the only door to Hydra, and `build`, which turns a piece of configuration into an object.
 
-`train.py` and `sample.py` compose a configuration from conf/ and the command line; nothing behind them sees it. A node with a
-`_target_` names a function or class of minidiff and its arguments. Configurations travel inside checkpoints, so they are data:
-`build` checks where the resolved object really lives, and refuses what is not minidiff's own.
+`train.py` and `sample.py` compose a configuration from conf/ and the command line; nothing behind them sees it.
+A node with a `_target_` names a function or class of minidiff and its arguments. Configurations travel inside
+checkpoints, so they are data: `build` checks where the resolved object really lives, and refuses what is not
+minidiff's own.
 """
 
 import functools
@@ -75,14 +76,21 @@ def _locate(path: str) -> Callable:
         raise InputError(
             "MD-CONF-001",
             f"The configuration asks to build '{path}', which is not part of minidiff. Configurations may name only "
-            "minidiff's own functions and classes, because one that came with somebody's checkpoint could otherwise run any code.",
+            "minidiff's own functions and classes, because one that came with somebody's checkpoint could "
+            "otherwise run any code.",
         )
     try:
         target = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise InputError("MD-CONF-002", f"The configuration asks to build '{path}', which does not exist: {error}.") from error
+        raise InputError(
+            "MD-CONF-002", f"The configuration asks to build '{path}', which does not exist: {error}."
+        ) from error
     if not callable(target) or getattr(target, "__module__", "").split(".")[0] != "minidiff":
-        raise InputError("MD-CONF-001", f"The configuration asks to build '{path}', which minidiff only borrows from elsewhere; it must be minidiff's own.")
+        raise InputError(
+            "MD-CONF-001",
+            f"The configuration asks to build '{path}', which minidiff only borrows from elsewhere; it must be "
+            "minidiff's own.",
+        )
     return target
 
 
@@ -91,14 +99,20 @@ def _check_arguments(target: Callable, values: Mapping[str, object], partial: bo
     for key, value in values.items():
         if key not in signature.parameters:
             known = list(signature.parameters)
-            raise InputError("MD-CONF-003", f"{name} has no option '{key}'; its options are {', '.join(known)}.{did_you_mean(key, known)}")
+            raise InputError(
+                "MD-CONF-003",
+                f"{name} has no option '{key}'; its options are {', '.join(known)}.{did_you_mean(key, known)}",
+            )
         if not _fits(value, signature.parameters[key].annotation):
             wanted = signature.parameters[key].annotation
             wanted = getattr(wanted, "__name__", str(wanted))
             raise InputError("MD-CONF-004", f"{name} wants {key} to be of type {wanted}, and {key}={value!r} is not.")
     missing = [k for k, p in signature.parameters.items() if p.default is p.empty and k not in values]
     if missing and not partial:
-        raise InputError("MD-CONF-003", f"{name} needs {', '.join(missing)}, which the configuration does not give (a null or empty group?).")
+        raise InputError(
+            "MD-CONF-003",
+            f"{name} needs {', '.join(missing)}, which the configuration does not give (a null or empty group?).",
+        )
 
 
 def _fits(value: object, annotation: object) -> bool:
@@ -123,7 +137,9 @@ def check(values: Mapping, ranges: Mapping[str, tuple]) -> None:
     """Checks the scalars of a configuration all at once; raises InputError (MD-CONF-005) that lists every problem."""
     problems = []
     for key, (kind, low, high) in ranges.items():
-        value = functools.reduce(lambda node, part: node.get(part) if isinstance(node, Mapping) else None, key.split("."), values)
+        value = functools.reduce(
+            lambda node, part: node.get(part) if isinstance(node, Mapping) else None, key.split("."), values
+        )
         whole = isinstance(value, int) and not isinstance(value, bool)
         number = whole or (kind is float and isinstance(value, float) and math.isfinite(value))
         if value is not None and not (number and low <= value <= high):
@@ -133,7 +149,9 @@ def check(values: Mapping, ranges: Mapping[str, tuple]) -> None:
         if key in values and values[key] not in options:
             problems.append(f"{key}={values[key]} must be one of {', '.join(str(o).lower() for o in options)}")
     if problems:
-        raise InputError("MD-CONF-005", "; ".join(problems) + ". Correct the command line or the experiment's file in conf/.")
+        raise InputError(
+            "MD-CONF-005", "; ".join(problems) + ". Correct the command line or the experiment's file in conf/."
+        )
 
 
 def compose(config_name: str, overrides: Sequence[str], conf: Path = CONF) -> dict:
@@ -148,7 +166,9 @@ def compose(config_name: str, overrides: Sequence[str], conf: Path = CONF) -> di
 
     try:
         with hydra.initialize_config_dir(str(conf), version_base="1.3"):
-            return OmegaConf.to_container(hydra.compose(config_name, _quoted(overrides)), resolve=True, throw_on_missing=True)
+            return OmegaConf.to_container(
+                hydra.compose(config_name, _quoted(overrides)), resolve=True, throw_on_missing=True
+            )
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError("MD-CONF-006", _reword(error, conf, config_name)) from error
 
@@ -201,7 +221,8 @@ def _quoted(arguments: Sequence[str]) -> list[str]:
         key, equals, value = argument.partition("=")
         if not equals or key not in TEXTS or value in ("", "null") or value[0] in "\"'":
             return argument
-        escaped = re.sub(r"(\\*)\"", r'\1\1\\"', value)
+        # backslashes count only before a quote, the closing one included
+        escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ("\\" + m[2] if m[2] else ""), value)
         return f'{key}="{escaped}"'
 
     return [quote(x) for x in arguments]
@@ -227,7 +248,9 @@ def _reword(error: Exception, conf: Path, config_name: str) -> str:
     group = re.search(r"Could not find '(\w+)/([\w-]+)'", text)
     if group:
         options = sorted(p.stem for p in (conf / group[1]).glob("*.yaml"))
-        return f"There is no {group[1]}={group[2]}; the choices are {', '.join(options)}.{did_you_mean(group[2], options)}"
+        return (
+            f"There is no {group[1]}={group[2]}; the choices are {', '.join(options)}.{did_you_mean(group[2], options)}"
+        )
     if missing:
         key = missing[1] or missing[2]
         known = set()
@@ -245,4 +268,9 @@ def _reword(error: Exception, conf: Path, config_name: str) -> str:
 def _leaves(node: object, prefix: str = "") -> list[str]:
     if not isinstance(node, Mapping):
         return [prefix.rstrip(".")]
-    return [leaf for key, value in node.items() if key not in ("_target_", "defaults") for leaf in _leaves(value, f"{prefix}{key}.")]
+    return [
+        leaf
+        for key, value in node.items()
+        if key not in ("_target_", "defaults")
+        for leaf in _leaves(value, f"{prefix}{key}.")
+    ]

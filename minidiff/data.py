@@ -2,9 +2,9 @@
 
     shapes | parquet | folder | hub  ─►  Source(train, validation)  ─►  CaptionedImages  ─►  loader  ─►  Batch
 
-Whatever the source, rows pass the same way: decode, composite transparency on a background, resize and crop to a square, pick
-one caption. Which row and which caption the i-th sample of a run is depends on (seed, i) alone, so training resumes
-in the middle of an epoch, with any number of workers, and every image is used exactly once per epoch.
+Whatever the source, rows pass the same way: decode, composite transparency on a background, resize and crop to a
+square, pick one caption. Which row and which caption the i-th sample of a run is depends on (seed, i) alone, so
+training resumes in the middle of an epoch, with any number of workers, and every image is used exactly once per epoch.
 """
 
 import io
@@ -24,6 +24,7 @@ from minidiff.seeds import generator
 # What Pillow may open: common, maintained decoders only.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000  # larger pictures are refused from their header, before anything is decoded
+MEMORY = 500_000_000  # bytes; data sets that fit, decoded, are decoded once
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,7 @@ class Batch:
 # ---------------------------------------------------------------------------------------------------- sources
 
 
-def shapes(
-    image_size: int, n: int, validation: int, seed: int = 0, weights: dict[str, float] | None = None
-) -> Source:
+def shapes(image_size: int, n: int, validation: int, seed: int = 0, weights: dict[str, float] | None = None) -> Source:
     """Procedural scenes with exact ground truth (`minidiff.shapes`): `n` to train on, `validation` of the test split.
 
     Drawn once and kept in the cache of `datasets`. `weights` are the shares of the scene categories.
@@ -72,7 +71,14 @@ def _scenes(split: str, n: int, image_size: int, seed: int, weights: dict[str, f
     import datasets
 
     features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
-    recipe = {"split": split, "n": n, "image_size": image_size, "seed": seed, "weights": weights, "code": _shapes_code()}
+    recipe = {
+        "split": split,
+        "n": n,
+        "image_size": image_size,
+        "seed": seed,
+        "weights": weights,
+        "code": _shapes_code(),
+    }
     with _quiet():
         return datasets.Dataset.from_generator(_draw_scenes, features=features, gen_kwargs=recipe)
 
@@ -117,9 +123,18 @@ def parquet(
 
     files = sorted(glob(str(path), recursive=True))
     if not files:
-        raise DataError("MD-DATA-001", f"No file matches data.path={path} (seen from {_here()}). Check the path; a glob wants quotes.")
-    with _quiet():
-        rows = datasets.Dataset.from_parquet(files)
+        raise DataError(
+            "MD-DATA-001",
+            f"No file matches data.path={path} (seen from {_here()}). Check the path; a glob wants quotes.",
+        )
+    try:
+        with _quiet():
+            rows = datasets.Dataset.from_parquet(files)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise DataError(
+            "MD-DATA-009", f"data.path={path} cannot be read as parquet, or has no rows: {reason}"
+        ) from error
     return _split(f"parquet {path}", rows, image, caption, split_column, train_split, validation_split)
 
 
@@ -130,7 +145,10 @@ def folder(path: str, image: str = "image", caption: str = "caption") -> Source:
     import datasets
 
     if not Path(path).is_dir():
-        raise DataError("MD-DATA-002", f"data.path={path} is not a folder (seen from {_here()}). Name the folder that holds metadata.jsonl.")
+        raise DataError(
+            "MD-DATA-002",
+            f"data.path={path} is not a folder (seen from {_here()}). Name the folder that holds metadata.jsonl.",
+        )
     with _quiet():
         rows = datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
     return _split(f"folder {path}", rows, image, caption, None, "train", "test")
@@ -148,17 +166,27 @@ def hub(
     except (OSError, ValueError) as error:
         raise DataError(
             "MD-DATA-003",
-            f"The dataset data.path={path} (split {split}) could not be read from the Hugging Face Hub or its local cache: "
-            f"{str(error).splitlines()[0]} It may be misspelt, private or gated (log in with `hf auth login`), or this machine is "
+            f"The dataset data.path={path} (split {split}) could not be read from the Hugging Face Hub or its "
+            "local cache: "
+            f"{str(error).splitlines()[0]} It may be misspelt, private or gated (log in with `hf auth login`), or "
+            "this machine is "
             "offline. data=shapes is built in and needs no network.",
         ) from error
     return _split(f"hub {path}", rows, image, caption, None, "train", "test")
 
 
 def _split(
-    name: str, rows: "datasets.Dataset", image: str, caption: str, column: str | None, train: str, validation: str  # noqa: F821
+    name: str,
+    rows: "datasets.Dataset",  # noqa: F821
+    image: str,
+    caption: str,
+    column: str | None,
+    train: str,
+    validation: str,  # noqa: F821
 ) -> Source:
-    """Divides rows by a column, or sets one row in twenty (at most 512) aside for validation; checks the columns first."""
+    """Divides rows by a column, or sets one row in twenty (at most 512) aside for validation; checks the columns
+    first.
+    """
     import datasets
 
     for option, wanted in (("data.image", image), ("data.caption", caption), ("data.split_column", column)):
@@ -178,7 +206,8 @@ def _split(
             known = sorted(set(labels.tolist()))
             raise DataError(
                 "MD-DATA-006",
-                f"No row of {name} has {column}='{wanted}' ({option}); the values there are {known}.{did_you_mean(wanted, known)}",
+                f"No row of {name} has {column}='{wanted}' ({option}); the values there are "
+                f"{known}.{did_you_mean(wanted, known)}",
             )
         chosen.append(rows.select(at))
     return Source(name, *chosen, image, caption)
@@ -188,13 +217,19 @@ def _missing_column(name: str, option: str, wanted: str, features: dict) -> str:
     import datasets
 
     def fits(feature: object) -> bool:
-        return isinstance(feature, datasets.Image) if option == "data.image" else not isinstance(feature, datasets.Image)
+        return (
+            isinstance(feature, datasets.Image) if option == "data.image" else not isinstance(feature, datasets.Image)
+        )
 
-    columns = ", ".join(f"{key} ({type(f).__name__ if not hasattr(f, 'dtype') else f.dtype})" for key, f in features.items())
+    columns = ", ".join(
+        f"{key} ({type(f).__name__ if not hasattr(f, 'dtype') else f.dtype})" for key, f in features.items()
+    )
     guesses = [key for key, f in features.items() if fits(f)]
     likely = did_you_mean(wanted, guesses)
     if not likely and option == "data.caption":
-        likely = next((f" Did you mean '{key}'?" for key in guesses if key in ("caption", "captions", "text", "prompt")), "")
+        likely = next(
+            (f" Did you mean '{key}'?" for key in guesses if key in ("caption", "captions", "text", "prompt")), ""
+        )
     if not likely and option == "data.image" and guesses:
         likely = f" Did you mean '{guesses[0]}'?"
     return f"The data source {name} has no column '{wanted}' ({option}). Its columns are: {columns}.{likely}"
@@ -243,6 +278,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         self.image, self.caption = image, caption
         self.image_size, self.background = image_size, tuple(background)
         self.seed, self.shuffle = seed, shuffle
+        self._memory: dict[int, tuple[Tensor, list[str]]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -253,21 +289,32 @@ class CaptionedImages(torch.utils.data.Dataset):
         skipped: list[str] = []
         for k in range(len(self.rows)):  # a row that cannot be read gives way to the next one
             at = (row + k) % len(self.rows)
-            item = self.rows[at]
             try:
-                picture = load_image(item[self.image], self.image_size, self.background)
+                picture, texts = self._read(at)
             except (OSError, ValueError, SyntaxError) as error:
                 skipped.append(f"row {at}: {error}")
                 continue
-            return picture, self._pick(item[self.caption], epoch, at), i, skipped
-        raise DataError("MD-DATA-007", f"None of the {len(self.rows)} images can be read; the first: {skipped[0]}. Check data.image.")
+            return picture, self._pick(texts, epoch, at), i, skipped
+        raise DataError(
+            "MD-DATA-007",
+            f"None of the {len(self.rows)} images can be read; the first: {skipped[0]}. Check data.image.",
+        )
 
     def all_captions(self) -> list[str]:
         """Returns every distinct caption, in order of appearance."""
         return list(dict.fromkeys(text for value in self.rows[self.caption] for text in _texts(value)))
 
-    def _pick(self, value: object, epoch: int, row: int) -> str:
-        texts = _texts(value)
+    def _read(self, row: int) -> tuple[UInt8[Tensor, "3 s s"], list[str]]:
+        """Returns the picture and the captions of a row, from memory if all pictures together are small."""
+        if row in self._memory:
+            return self._memory[row]
+        item = self.rows[row]
+        read = load_image(item[self.image], self.image_size, self.background), _texts(item[self.caption])
+        if len(self.rows) * 3 * self.image_size**2 <= MEMORY:
+            self._memory[row] = read
+        return read
+
+    def _pick(self, texts: list[str], epoch: int, row: int) -> str:
         if len(texts) == 1 or not self.shuffle:
             return texts[0]
         return texts[int(torch.randint(len(texts), (), generator=generator(self.seed, "caption", epoch, row)))]
@@ -281,14 +328,16 @@ def _order(seed: int, epoch: int, n: int) -> Tensor:
 def _texts(value: object) -> list[str]:
     """Returns the captions of one row; a row without words gives the empty caption, which trains unconditionally."""
     if isinstance(value, dict):
-        raise DataError("MD-DATA-008", f"The caption column holds a dictionary with the keys {sorted(value)}; name a column of texts by data.caption.")
+        raise DataError(
+            "MD-DATA-008",
+            f"The caption column holds a dictionary with the keys {sorted(value)}; name a column of texts by "
+            "data.caption.",
+        )
     values = value if isinstance(value, list) else [value]
     return [" ".join(str(v).split()) for v in values if v is not None and str(v).strip()] or [""]
 
 
-def load_image(
-    source: dict, image_size: int, background: tuple[int, ...]
-) -> UInt8[Tensor, "3 image_size image_size"]:
+def load_image(source: dict, image_size: int, background: tuple[int, ...]) -> UInt8[Tensor, "3 image_size image_size"]:
     """Decodes {"bytes", "path"}, shows transparency on `background`, scales the shorter side and crops the centre."""
     from PIL import Image, ImageOps
 
@@ -343,14 +392,17 @@ def first_batches(data: CaptionedImages, images: int, batch_size: int) -> list[B
 
 
 def share(batch_size: int, ranks: int, accumulate: int) -> int:
-    """Returns how many of an update's images one process takes at once; raises InputError if they cannot be shared out."""
+    """Returns how many of an update's images one process takes at once; raises InputError if they cannot be shared
+    out.
+    """
     parts = ranks * accumulate
     if batch_size % parts:
         low = batch_size // parts * parts
         raise InputError(
             "MD-DATA-020",
             f"batch_size={batch_size}, the images of one update, cannot be divided into {ranks} process(es) × "
-            f"accumulate={accumulate} = {parts} equal parts. The nearest sizes that can are {low or parts} and {low + parts}.",
+            f"accumulate={accumulate} = {parts} equal parts. The nearest sizes that can are {low or parts} and "
+            f"{low + parts}.",
         )
     return batch_size // parts
 

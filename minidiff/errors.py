@@ -1,7 +1,8 @@
 """What went wrong, in words: every failure a user can cause is one clear paragraph with a stable code.
 
 A message says what failed, where (file, row, key), why, and what to do. `train.py`, `sample.py` and
-`python -m minidiff.evaluate` print it without a traceback (unless `debug=true`) and leave with the exit code of its kind.
+`python -m minidiff.evaluate` print it without a traceback (unless `debug=true`) and leave with the exit code of its
+kind.
 """
 
 

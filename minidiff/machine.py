@@ -1,4 +1,6 @@
-"""What this machine can do: device, precision, compilation. Decisions are words, so that nothing falls back silently."""
+"""What this machine can do: device, precision, compilation. Decisions are words, so that nothing falls back
+silently.
+"""
 
 import os
 
@@ -29,10 +31,16 @@ def resolve_device(device: str) -> torch.device:
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Returns fp32, bf16 or fp16. `auto` takes bf16 where the hardware multiplies it, and fp32 elsewhere."""
     if precision == "fp16" and device.type != "cuda":
-        raise InputError("MD-ENV-003", f"precision=fp16 works on CUDA only, and this run is on {device}. Use bf16 or fp32.")
+        raise InputError(
+            "MD-ENV-003", f"precision=fp16 works on CUDA only, and this run is on {device}. Use bf16 or fp32."
+        )
     if precision != "auto":
         return precision
-    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported, "mps": lambda: False}
+    fast = {
+        "cuda": torch.cuda.is_bf16_supported,
+        "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "mps": lambda: False,
+    }
     return "bf16" if fast[device.type]() else "fp32"
 
 
@@ -50,7 +58,9 @@ def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["acc
 
 
 def should_compile(wanted: bool | str, device: torch.device, steps: int) -> bool:
-    """Whether to compile the network: as asked, or where it pays (`auto`): on CUDA, and in long runs on a CPU with a C++ compiler."""
+    """Whether to compile the network: as asked, or where it pays (`auto`): on CUDA, and in long runs on a CPU with a
+    C++ compiler.
+    """
     if wanted != "auto":
         return wanted
     if device.type == "cpu":

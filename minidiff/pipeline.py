@@ -4,7 +4,8 @@
     seed ──► xT ──sampler(guided denoiser, times)──► x0 ──space.decode──► image
 
 Every image owns its seed: the noise it starts from and all noise that a stochastic sampler adds come from one CPU
-generator per image, so a picture does not depend on its batch, on the order of prompts, or on the device beyond rounding.
+generator per image, so a picture does not depend on its batch, on the order of prompts, or on the device beyond
+rounding.
 """
 
 import re
@@ -48,10 +49,14 @@ class Sampling:
     def __post_init__(self) -> None:
         def demand(holds: bool, name: str, must: str) -> None:
             if not holds:
-                raise InputError("MD-SAMPLE-001", f"{name}={getattr(self, name)} does not work for sampling: it must be {must}.")
+                raise InputError(
+                    "MD-SAMPLE-001", f"{name}={getattr(self, name)} does not work for sampling: it must be {must}."
+                )
 
         demand(1 <= self.steps <= 10_000, "steps", "a whole number from 1 to 10000")
-        demand(-100 <= self.guidance <= 100, "guidance", "a number from -100 to 100 (1: no guidance, 0: ignore the prompt)")
+        demand(
+            -100 <= self.guidance <= 100, "guidance", "a number from -100 to 100 (1: no guidance, 0: ignore the prompt)"
+        )
         demand(0 <= self.rescale <= 1, "rescale", "between 0 and 1")
         demand(0 <= self.low <= self.high <= 1, "low", "at least 0 and at most high, which is at most 1")
         demand(self.threshold is None or self.threshold > 0, "threshold", "null or positive")
@@ -65,7 +70,9 @@ class Sampling:
 
 
 class Snapshot(NamedTuple):
-    """One state of one picture on its way: tensors without a batch dimension; `image` shows x0_hat, the picture as the network sees it."""
+    """One state of one picture on its way: tensors without a batch dimension; `image` shows x0_hat, the picture as the
+    network sees it.
+    """
 
     t: float
     xt: Float[Tensor, "c h w"]
@@ -94,13 +101,13 @@ class Pipeline:
     def __call__(
         self, prompt: str, *, negative: str = "", seed: int = 0, n: int = 1, **settings: object
     ) -> "list[Image.Image]":  # noqa: F821
-        """Returns `n` pictures of a prompt, with the seeds seed, seed + 1, …; `settings` replace fields of `Sampling`."""
+        """Returns `n` pictures of a prompt, with the seeds seed, seed + 1, …; `settings` replace fields of
+        `Sampling`.
+        """
         images = self.sample([prompt] * n, list(range(seed, seed + n)), negative=negative, **settings)
         return [to_pil(image) for image in images]
 
-    def steps(
-        self, prompt: str, *, negative: str = "", seed: int = 0, **settings: object
-    ) -> Iterator[Snapshot]:
+    def steps(self, prompt: str, *, negative: str = "", seed: int = 0, **settings: object) -> Iterator[Snapshot]:
         """Yields every state of one picture, from pure noise (t = 1) to the picture (t = 0)."""
         for s in self._states([prompt], [seed], negative, self.sampling.but(**settings)):
             image = to_pil(self.space.decode(s.x0_hat)[0])
@@ -127,9 +134,7 @@ class Pipeline:
         """Returns the words of a prompt that no training caption held."""
         return [word for word in words(prompt) if self.vocabulary and word not in self.vocabulary]
 
-    def _states(
-        self, prompts: Sequence[str], seeds: Sequence[int], negative: str, how: Sampling
-    ) -> Iterator[State]:
+    def _states(self, prompts: Sequence[str], seeds: Sequence[int], negative: str, how: Sampling) -> Iterator[State]:
         noise = ImageNoise(seeds)
         process, shape = self.denoiser.process, (len(prompts), *self.space.shape)
         times = how.grid(process, how.steps)
@@ -163,7 +168,9 @@ class ImageNoise:
     def __init__(self, seeds: Sequence[int]) -> None:
         for seed in seeds:
             if not 0 <= seed < 2**63:
-                raise InputError("MD-SAMPLE-002", f"seed={seed} does not work: a seed is a whole number from 0 to 2⁶³ − 1.")
+                raise InputError(
+                    "MD-SAMPLE-002", f"seed={seed} does not work: a seed is a whole number from 0 to 2⁶³ − 1."
+                )
         self._generators = [generator(seed, "image") for seed in seeds]
 
     def __call__(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
@@ -184,7 +191,7 @@ def to_pil(image: Float[Tensor, "3 h w"]) -> "Image.Image":  # noqa: F821
     return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-# ---------------------------------------------------------------------------------------------------- making and loading
+# -------------------------------------------------------------------------------------------- making and loading
 
 
 def assemble(
@@ -214,7 +221,8 @@ def contract(pipeline: Pipeline, recipe: Mapping) -> dict:
 def load(path: str | Path, weights: str = "ema", device: str = "auto") -> Pipeline:
     """Loads a pipeline from a run folder (its newest whole checkpoint) or from one checkpoint folder.
 
-    `weights` is "ema" or "raw". Raises CheckpointError if the run is missing, damaged, or was trained with another text encoder.
+    `weights` is "ema" or "raw". Raises CheckpointError if the run is missing, damaged, or was trained with another
+    text encoder.
     """
     if weights not in ("ema", "raw"):
         raise InputError("MD-SAMPLE-003", f"weights={weights} is unknown; choose ema (the running average) or raw.")
@@ -223,13 +231,17 @@ def load(path: str | Path, weights: str = "ema", device: str = "auto") -> Pipeli
     saved = checkpoint.load(folder, [part])
     terms = saved.state.get("contract", {})
     if "pipeline" not in terms:
-        raise CheckpointError("MD-CKPT-020", f"{folder} holds no text-to-image model, so there is nothing to prompt. Name another run.")
+        raise CheckpointError(
+            "MD-CKPT-020", f"{folder} holds no text-to-image model, so there is nothing to prompt. Name another run."
+        )
     pipeline = build(terms["pipeline"])
     if pipeline.text.identity != terms["text_identity"]:
         raise CheckpointError(
             "MD-CKPT-021",
-            f"{folder} was trained with the text encoder {terms['text_identity']}, but {pipeline.text.identity} is what its recipe "
-            "gives here, so prompts would mean something else. Restore that encoder's weights, or train again with this one.",
+            f"{folder} was trained with the text encoder {terms['text_identity']}, but {pipeline.text.identity} "
+            "is what its recipe "
+            "gives here, so prompts would mean something else. Restore that encoder's weights, or train again "
+            "with this one.",
         )
     load_model(pipeline.denoiser.net, saved.tensors[part])
     pipeline.denoiser.eval().requires_grad_(False)
@@ -244,10 +256,18 @@ def find_checkpoint(path: str | Path) -> Path:
     if (path / "MANIFEST.json").is_file():
         return path
     if not path.is_dir():
-        runs = sorted(p.name for p in path.parent.glob("*") if (p / "checkpoints").is_dir()) if path.parent.is_dir() else []
+        runs = (
+            sorted(p.name for p in path.parent.glob("*") if (p / "checkpoints").is_dir())
+            if path.parent.is_dir()
+            else []
+        )
         there = f"Runs in {path.parent}: {', '.join(runs)}." if runs else f"There are no runs in {path.parent}."
-        raise CheckpointError("MD-CKPT-022", f"The run {path} does not exist. {there} Train one with `python train.py`.")
+        raise CheckpointError(
+            "MD-CKPT-022", f"The run {path} does not exist. {there} Train one with `python train.py`."
+        )
     newest = checkpoint.latest(path / "checkpoints")
     if newest is None:
-        raise CheckpointError("MD-CKPT-023", f"{path} holds no finished checkpoint. Train on with `python train.py name={path.name}`.")
+        raise CheckpointError(
+            "MD-CKPT-023", f"{path} holds no finished checkpoint. Train on with `python train.py name={path.name}`."
+        )
     return newest

@@ -1,8 +1,8 @@
 """Randomness as a pure function of where it is used.
 
-Every draw of a training run belongs to a place, such as (run seed, "noise", 51 234th sample), and comes from a generator
-that is seeded by that place alone. So a resumed run draws what the uninterrupted one would have drawn, and an image does not
-depend on its batch.
+Every draw of a training run belongs to a place, such as (run seed, "noise", 51 234th sample), and comes from a
+generator that is seeded by that place alone. So a resumed run draws what the uninterrupted one would have drawn, and
+an image does not depend on its batch.
 """
 
 import zlib

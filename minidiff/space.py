@@ -24,7 +24,8 @@ class Pixels:
             low = image_size // patch * patch
             raise InputError(
                 "MD-SPACE-001",
-                f"image_size={image_size} cannot be cut into patches of {patch}×{patch} pixels (space.patch): it must be "
+                f"image_size={image_size} cannot be cut into patches of {patch}×{patch} pixels (space.patch): it "
+                "must be "
                 f"a multiple of {patch}. The nearest sizes are {low or patch} and {low + patch}.",
             )
         self.image_size, self.patch = image_size, patch

@@ -3,8 +3,9 @@
     captions ─BPE─► ids (b, l) ─transformer─► tokens (b, l, d)   every word in its context → cross-attention
                                         └───► vector (b, e)      the caption as a whole    → time embedding
 
-OpenCLIP (Cherti et al. 2022) is trained so that a caption's vector lies near its picture's. Stable Diffusion uses the tokens,
-DALL·E 2 the vectors, here both are at hand. The empty caption is the null condition of classifier-free guidance.
+OpenCLIP (Cherti et al. 2022) is trained so that a caption's vector lies near its picture's. Stable Diffusion uses the
+tokens, DALL·E 2 the vectors, here both are at hand. The empty caption is the null condition of classifier-free
+guidance.
 """
 
 import hashlib
@@ -33,21 +34,27 @@ def create_clip(model: str, pretrained: str | None = None) -> nn.Module:
     """
     with _open_clip() as open_clip:
         if model not in open_clip.list_models():
-            raise InputError("MD-TEXT-002", f"OpenCLIP has no model '{model}'. Known models: {open_clip.list_models()}.")
+            raise InputError(
+                "MD-TEXT-002", f"OpenCLIP has no model '{model}'. Known models: {open_clip.list_models()}."
+            )
         try:
             return open_clip.create_model(model, pretrained=pretrained).eval()
         except (OSError, RuntimeError) as error:
             raise MachineError(
                 "MD-TEXT-001",
-                f"The pretrained weights '{pretrained}' of OpenCLIP's {model} are neither in the local cache nor could they be "
-                f"downloaded ({type(error).__name__}). Run once on a machine with internet, or copy its Hugging Face cache "
+                f"The pretrained weights '{pretrained}' of OpenCLIP's {model} are neither in the local cache nor "
+                "could they be "
+                f"downloaded ({type(error).__name__}). Run once on a machine with internet, or copy its Hugging "
+                "Face cache "
                 "folder here (its place is $HF_HOME), or use text=tiny, which comes with minidiff.",
             ) from error
 
 
 @contextmanager
 def _open_clip():
-    """Imports open_clip with our own configuration registered; its remarks and the hub's retries stay off the screen."""
+    """Imports open_clip with our own configuration registered; its remarks and the hub's retries stay off the
+    screen.
+    """
     import logging
 
     import open_clip
@@ -85,7 +92,8 @@ class Tokenizer:
 class TextEncoder:
     """A frozen OpenCLIP text encoder with a memory: each distinct caption is encoded once.
 
-    `layer` counts the transformer's layers from the end: −1 is the last, −2 the one before it, as in Stable Diffusion 2.
+    `layer` counts the transformer's layers from the end: −1 is the last, −2 the one before it, as in Stable Diffusion
+    2.
     """
 
     def __init__(
@@ -111,7 +119,9 @@ class TextEncoder:
         return self
 
     def __call__(self, captions: Sequence[str]) -> Cond:
-        """Returns tokens (b, l, d), their mask and vectors (b, e), on the CPU, in float32; l is the encoder's context."""
+        """Returns tokens (b, l, d), their mask and vectors (b, e), on the CPU, in float32; l is the encoder's
+        context.
+        """
         missing = [c for c in dict.fromkeys(captions) if c not in self._memory]
         for i in range(0, len(missing), BATCH):
             self._encode(missing[i : i + BATCH])
@@ -131,7 +141,9 @@ class TextEncoder:
             normalize_intermediates=True,
         )
         tokens, vectors = out["text_intermediates"][0].float().cpu(), out["text_features"].float().cpu()
-        vectors = vectors * vectors.shape[1] ** 0.5  # unit length → unit variance, the scale of every other network input
+        vectors = (
+            vectors * vectors.shape[1] ** 0.5
+        )  # unit length → unit variance, the scale of every other network input
         for i, (caption, length) in enumerate(zip(captions, self.tokenizer.lengths(ids).tolist(), strict=True)):
             self._memory[caption] = (tokens[i, :length].clone(), vectors[i])
 

@@ -102,6 +102,30 @@ def test_every_experiment_composes_and_says_how_to_run_it(name):
 def test_the_top_level_keys_are_frozen():
     assert set(compose("train", [])) == {
         *("name", "seed", "steps", "batch_size", "accumulate", "image_size", "background", "drop_cond", "ema"),
-        *("guidance", "sampling_steps", "every", "keep", "precision", "device", "compile", "workers", "resume", "debug"),
-        *("task", "data", "text", "space", "net", "process", "objective", "weighting", "sampler", "grid", "optim", "log"),
+        *(
+            "guidance",
+            "sampling_steps",
+            "every",
+            "keep",
+            "precision",
+            "device",
+            "compile",
+            "workers",
+            "resume",
+            "debug",
+        ),
+        *(
+            "task",
+            "data",
+            "text",
+            "space",
+            "net",
+            "process",
+            "objective",
+            "weighting",
+            "sampler",
+            "grid",
+            "optim",
+            "log",
+        ),
     }

@@ -72,7 +72,7 @@ def test_ranks_share_every_global_batch():
 
 def test_A3_a_batch_that_cannot_be_shared_out_is_refused_with_the_arithmetic():
     assert data.share(12, ranks=2, accumulate=3) == 2
-    with pytest.raises(InputError, match="2 process.* 3 = 6 .* 6 and 12"):
+    with pytest.raises(InputError, match="2 process.*=3 = 6 .* 6 and 12"):
         data.share(10, ranks=2, accumulate=3)
 
 
@@ -82,7 +82,9 @@ def test_batches_come_in_minus_one_to_one():
 
 
 @pytest.mark.parametrize(
-    "mode, colour", [("RGBA", (255, 0, 0, 0)), ("LA", (0, 0)), ("P", 0)], ids=["RGBA", "LA", "P with a transparent index"]
+    "mode, colour",
+    [("RGBA", (255, 0, 0, 0)), ("LA", (0, 0)), ("P", 0)],
+    ids=["RGBA", "LA", "P with a transparent index"],
 )
 def test_B6_transparency_shows_the_background_not_what_it_hides(mode, colour):
     file = io.BytesIO()
@@ -127,7 +129,9 @@ def test_B1_B2_unreadable_images_give_way_to_the_next_row_and_are_named():
 def test_B3_a_source_without_a_single_image_stops_in_words():
     images = [{"bytes": b"rubbish", "path": None}] * 3
     table = datasets.Dataset.from_dict({"image": images, "captions": ["a", "b", "c"]})
-    samples = data.CaptionedImages(table.cast_column("image", datasets.Image(decode=False)), "image", "captions", image_size=8)
+    samples = data.CaptionedImages(
+        table.cast_column("image", datasets.Image(decode=False)), "image", "captions", image_size=8
+    )
     with pytest.raises(DataError, match="None of the 3 images"):
         samples[0]
 
@@ -174,7 +178,10 @@ def test_parquet_splits_by_a_column(parquet_file):
     [
         ({"image": "picture", "caption": "word"}, "data.caption.*picture.*words.*Did you mean 'words'"),
         ({"image": "img", "caption": "words"}, "data.image.*Did you mean 'picture'"),
-        ({"image": "picture", "caption": "words", "split_column": "style", "train_split": "z"}, "data.train_split.*'x', 'y'"),
+        (
+            {"image": "picture", "caption": "words", "split_column": "style", "train_split": "z"},
+            "data.train_split.*'x', 'y'",
+        ),
     ],
 )
 def test_C1_a_missing_column_or_split_lists_what_is_there(parquet_file, options, words):

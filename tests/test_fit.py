@@ -10,7 +10,7 @@ def run(accumulate: int, steps: int = 3, start: int = 0) -> tuple[torch.Tensor, 
     """Trains y = w·x on 12 images an update, divided into `accumulate` micro-batches."""
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
-    images = torch.arange(12 * 8, dtype=torch.uint8).reshape(12, 3, 1, 1, 8)[..., 0].expand(12, 3, 1, 1)
+    images = (8 * torch.arange(12, dtype=torch.uint8)).reshape(12, 1, 1, 1).expand(12, 3, 1, 1)
 
     def batches():
         while True:
@@ -24,7 +24,17 @@ def run(accumulate: int, steps: int = 3, start: int = 0) -> tuple[torch.Tensor, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     seen = list(
-        fit(model, loss, batches(), optimizer, accelerator, steps=steps, start=start, learning_rate=lambda k: 0.1, clip=1e9)
+        fit(
+            model,
+            loss,
+            batches(),
+            optimizer,
+            accelerator,
+            steps=steps,
+            start=start,
+            learning_rate=lambda k: 0.1,
+            clip=1e9,
+        )
     )
     return torch.cat([p.detach().flatten() for p in model.parameters()]), seen
 

@@ -86,7 +86,8 @@ def test_settings_change_the_picture_and_unknown_ones_are_errors(pipe):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"guidance": float("nan")}, {"rescale": 2.0}, {"low": 0.9, "high": 0.1}, {"threshold": -1.0}]
+    "wrong",
+    [{"steps": 0}, {"guidance": float("nan")}, {"rescale": 2.0}, {"low": 0.9, "high": 0.1}, {"threshold": -1.0}],
 )
 def test_G2_settings_out_of_range_are_refused(pipe, wrong):
     with pytest.raises(InputError):

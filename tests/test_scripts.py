@@ -74,7 +74,9 @@ def test_every_objective_trains(tmp_path, objective):
 
 def test_sample_writes_pictures_that_say_how_they_were_made(tiny_run, tmp_path):
     out = tmp_path / "one.png"
-    done = script("sample.py", f"run={tiny_run}", "prompt=a zebra, large", "seed=0", "steps=2", f"out={out}", cwd=tmp_path)
+    done = script(
+        "sample.py", f"run={tiny_run}", "prompt=a zebra, large", "seed=0", "steps=2", f"out={out}", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "'zebra'" in done.stdout
     facts = json.loads(Image.open(out).text["minidiff"])
@@ -90,7 +92,12 @@ def test_G1_prompt_files_with_blank_lines_bom_and_crlf(tiny_run, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa star\r\n\r\n../../x <b>\r\n".encode())
     done = script("sample.py", f"run={tiny_run}", "prompts=prompts.txt", "n=2", "steps=2", "out=pictures", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["a-star_0.png", "a-star_1.png", "x-b_0.png", "x-b_1.png"]
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == [
+        "a-star_0.png",
+        "a-star_1.png",
+        "x-b_0.png",
+        "x-b_1.png",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +126,7 @@ def test_debug_shows_the_traceback(tmp_path):
 
 @pytest.mark.parametrize("command", [["train.py", "--help"], ["sample.py", "--help"]])
 def test_help_and_import_stay_light(command, tmp_path):
-    heavy = "torch datasets open_clip wandb matplotlib accelerate".split()
+    heavy = ["torch", "datasets", "open_clip", "wandb", "matplotlib", "accelerate"]
     code = f"import runpy, sys; sys.argv = {command!r}; sys.path.insert(0, {str(ROOT)!r})\n"
     code += f"try: runpy.run_path({str(ROOT / command[0])!r}, run_name='__main__')\nexcept SystemExit: pass\n"
     code += f"print('HEAVY', [m for m in {heavy} if m in sys.modules])"

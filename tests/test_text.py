@@ -87,9 +87,9 @@ def test_pretrained_weights_without_a_network_say_what_to_do(monkeypatch):
 @pytest.mark.parametrize("name", ["openclip_b32", "openclip_l14", "openclip_h14"])
 def test_the_named_pretrained_encoders_exist_in_openclip(name):
     import open_clip
+    from omegaconf import OmegaConf
 
     from minidiff.config import CONF
-    from omegaconf import OmegaConf
 
     conf = OmegaConf.load(CONF / "text" / f"{name}.yaml")
     assert conf.pretrained in open_clip.list_pretrained_tags_by_model(conf.model)

@@ -14,7 +14,6 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-
 SMALL = 256 * 256  # scores per head; on a CPU, PyTorch's fused kernel trains several times slower below this
 
 

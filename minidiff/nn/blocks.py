@@ -8,13 +8,18 @@ from minidiff.nn.attention import SpatialTransformer
 
 
 class ResBlock(nn.Module):
-    """norm → SiLU → conv, twice, with the time embedding added in between and a skip around (Ho et al. 2020, appendix B)."""
+    """norm → SiLU → conv, twice, with the time embedding in between and a skip around (Ho et al. 2020, appendix B).
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int) -> None:
+    The embedding is added to the features, or it scales and shifts them after the second norm (Dhariwal & Nichol 2021,
+    eq. 4).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int, scale_shift: bool) -> None:
         super().__init__()
+        self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_dim, out_channels)
+        self.time = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -24,9 +29,13 @@ class ResBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b d"]) -> Float[Tensor, "b o h w"]:
         """`time` is the time embedding after its SiLU, which all blocks share."""
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(time)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.skip(x) + h
+        emb = self.time(time)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        return self.skip(x) + self.conv2(F.silu(h))
 
 
 class Block(nn.Module):

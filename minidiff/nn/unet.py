@@ -39,6 +39,7 @@ class UNet(nn.Module):
         token_dim: int = 768,  # width of `cond.tokens`
         vector_dim: int | None = None,  # width of `cond.vector`; None: no such port
         image_channels: int = 0,  # channels of `cond.image`
+        scale_shift: bool = False,  # the time embedding scales and shifts features instead of being added to them
     ) -> None:
         super().__init__()
         _check_widths(channels, attend, heads, groups)
@@ -46,7 +47,7 @@ class UNet(nn.Module):
         time_dim = 4 * channels[0]
 
         def block(c_in: int, c_out: int, attends: bool) -> Block:
-            res = ResBlock(c_in, c_out, time_dim, groups)
+            res = ResBlock(c_in, c_out, time_dim, groups, scale_shift)
             return Block(res, SpatialTransformer(c_out, heads, token_dim, groups) if attends else None)
 
         self.time = TimeEmbedding(channels[0], time_dim, vector_dim)
@@ -108,7 +109,8 @@ def size_message(height: int, width: int, multiple: int) -> str:
     low = height // multiple * multiple
     return (
         f"The UNet cannot halve a {height}×{width} map as often as it has levels: both sides must be multiples of "
-        f"{multiple}. The nearest heights are {low or multiple} and {low + multiple}. Choose another image size or fewer levels."
+        f"{multiple}. The nearest heights are {low or multiple} and {low + multiple}. Choose another image size "
+        "or fewer levels."
     )
 
 
@@ -116,10 +118,13 @@ def _check_widths(channels: Sequence[int], attend: Sequence[bool], heads: int, g
     if len(attend) != len(channels):
         raise InputError(
             "MD-NET-002",
-            f"net.attend says for {len(attend)} levels whether they attend, but net.channels has {len(channels)} levels; give one value per level.",
+            f"net.attend says for {len(attend)} levels whether they attend, but net.channels has {len(channels)} "
+            "levels; give one value per level.",
         )
     for width in channels:
         if width % groups or width % heads:
             raise InputError(
-                "MD-NET-003", f"net.channels holds {width}, which cannot be divided into {groups} groups (net.groups) and {heads} heads (net.heads)."
+                "MD-NET-003",
+                f"net.channels holds {width}, which cannot be divided into {groups} groups (net.groups) and "
+                f"{heads} heads (net.heads).",
             )

@@ -8,6 +8,7 @@ Because the scene is read back from pixels, whether a generated picture follows 
 """
 
 from minidiff.shapes.claim import CATEGORIES, WORDINGS, Claim, Description, caption
+from minidiff.shapes.parse import distance, parse
 from minidiff.shapes.render import render
 from minidiff.shapes.sample import SPLITS, WEIGHTS, Example, example
 from minidiff.shapes.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Scene, Thing
@@ -29,6 +30,8 @@ __all__ = [
     "Scene",
     "Thing",
     "caption",
+    "distance",
     "example",
+    "parse",
     "render",
 ]

@@ -1,8 +1,9 @@
 """What a caption claims, how it is worded, and whether a scene makes it true.
 
-A caption names some attributes and leaves the others open; what is named is what is checked. The number of things is always
-checked: a picture with one thing too many does not show "a red circle". The categories and the rule for directions are those of GenEval (Ghosh et
-al. 2023, "GenEval: an object-focused framework for evaluating text-to-image alignment").
+A caption names some attributes and leaves the others open; what is named is what is checked. The number of things is
+always checked: a picture with one thing too many does not show "a red circle". The categories and the rule for
+directions are those of GenEval (Ghosh et al. 2023, "GenEval: an object-focused framework for evaluating text-to-image
+alignment").
 """
 
 import math
@@ -18,7 +19,9 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 
 
 def related(first: Thing, relation: str, second: Thing) -> bool:
-    """Whether `first` lies within 60° of the named direction from `second` (a diagonal neighbour is both left and above)."""
+    """Whether `first` lies within 60° of the named direction from `second` (a diagonal neighbour is both left and
+    above).
+    """
     dx, dy = first.x - second.x, first.y - second.y
     along = dx * RELATIONS[relation][0] + dy * RELATIONS[relation][1]
     return along > 0.5 * math.hypot(dx, dy)
@@ -42,7 +45,8 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What a caption says of a scene: one thing, two things (perhaps with a relation from first to second), or `count` alike.
+    """What a caption says of a scene: one thing, two things (perhaps with a relation from first to second), or `count`
+    alike.
 
     The category only groups claims for scoring: two claims are equal when they say the same.
     """

@@ -1,9 +1,9 @@
 """Scenes → pixels, through signed distance functions.
 
-A shape is a function d(u, v), in units of its radius, that is negative inside and grows by 1 per unit across the boundary. A
-pixel whose centre lies d pixels outside is covered by `clip(1/2 - d, 0, 1)`: exact anti-aliasing along straight edges that
-follow the pixel grid, close to it elsewhere. Nothing depends on the resolution but the width of that ramp, so a scene keeps its composition at any.
-(Quilez, "2D distance functions".)
+A shape is a function d(u, v), in units of its radius, that is negative inside and grows by 1 per unit across the
+boundary. A pixel whose centre lies d pixels outside is covered by `clip(1/2 - d, 0, 1)`: exact anti-aliasing along
+straight edges that follow the pixel grid, close to it elsewhere. Nothing depends on the resolution but the width of
+that ramp, so a scene keeps its composition at any. (Quilez, "2D distance functions".)
 """
 
 import math
@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from minidiff.shapes.scene import BACKGROUNDS, COLOURS, Scene, Thing
 
 Grid = Float[np.ndarray, "*n"]
+Scale = Float[np.ndarray, "..."] | float  # a radius in pixels; broadcasts against a grid
 
 RING_HOLE = 0.5  # radius of the hole
 STAR_NOTCH = 0.46  # radius of the five inner corners
@@ -75,30 +76,32 @@ def _wave(s: Grid, period: float) -> Grid:
     return period / 4 - np.abs((s + period / 2) % period - period / 2)
 
 
-def _solid(u: Grid, v: Grid, scale: Grid | float) -> Grid:
+def _solid(u: Grid, v: Grid, scale: Scale) -> Grid:
     return np.ones_like(u)
 
 
-def _striped(u: Grid, v: Grid, scale: Grid | float) -> Grid:
+def _striped(u: Grid, v: Grid, scale: Scale) -> Grid:
     return np.clip(0.5 + scale * _wave((u + v) * math.sqrt(0.5), STRIPE_PERIOD), 0, 1)
 
 
-def _checkered(u: Grid, v: Grid, scale: Grid | float) -> Grid:
+def _checkered(u: Grid, v: Grid, scale: Scale) -> Grid:
     columns = np.clip(2 * scale * _wave(u - CHECK_CELL / 2, 2 * CHECK_CELL), -1, 1)
     rows = np.clip(2 * scale * _wave(v - CHECK_CELL / 2, 2 * CHECK_CELL), -1, 1)
     return (1 + columns * rows) / 2
 
 
 # Texture → the share of the main tone at (u, v), where `scale` is the thing's radius in pixels.
-MAIN_TONE: dict[str, Callable[[Grid, Grid, Grid | float], Grid]] = {
+MAIN_TONE: dict[str, Callable[[Grid, Grid, Scale], Grid]] = {
     "solid": _solid,
     "striped": _striped,
     "checkered": _checkered,
 }
 
 
-def coverage(shape: str, u: Grid, v: Grid, scale: Grid | float) -> Grid:
-    """The share, in [0, 1], of each pixel that a shape covers; `u, v` are in radii and `scale` is the radius in pixels."""
+def coverage(shape: str, u: Grid, v: Grid, scale: Scale) -> Grid:
+    """The share, in [0, 1], of each pixel that a shape covers; `u, v` are in radii and `scale` is the radius in
+    pixels.
+    """
     return np.clip(0.5 - scale * DISTANCE[shape](u, v), 0, 1)
 
 

@@ -1,7 +1,7 @@
 """Examples: a scene, what may be claimed of it, and captions, as a pure function of (seed, split, index).
 
-`train` and `test` differ by their random stream only. `heldout` scenes hold a composition that neither of them ever shows: a
-colour with a shape, or two shapes in one picture, each well known on its own.
+`train` and `test` differ by their random stream only. `heldout` scenes hold a composition that neither of them ever
+shows: a colour with a shape, or two shapes in one picture, each well known on its own.
 """
 
 import math
@@ -96,14 +96,18 @@ def _any(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def novelty(kinds: list[Kind]) -> tuple[int, int]:
-    """Counts the held-out compositions among the (colour, shape) kinds of a scene: colour with shape, and shape with shape."""
+    """Counts the held-out compositions among the (colour, shape) kinds of a scene: colour with shape, and shape with
+    shape.
+    """
     coloured = sum(kind in HELDOUT_COLOURED for kind in kinds)
     together = sum(frozenset({a[1], b[1]}) in HELDOUT_TOGETHER for a, b in pairwise(kinds))
     return coloured, together
 
 
 def _kinds(rng: np.random.Generator, category: str, number: int, heldout: bool) -> list[Kind]:
-    """Draws the colours and shapes of a scene with `number` kinds until they hold exactly the novelty that is wanted."""
+    """Draws the colours and shapes of a scene with `number` kinds until they hold exactly the novelty that is
+    wanted.
+    """
     wanted = (0, 0)
     if heldout:
         wanted = (1, 0) if number == 1 or category == "attribute_binding" else (0, 1)

@@ -1,7 +1,8 @@
 """A scene: a plain background and one to four things, each with a shape, colour, size, texture and place.
 
-Coordinates are those of a square picture, x to the right and y down, both in [-1, 1]. Everything a caption may say about a
-thing is an attribute of `Thing`, so that a caption is decided true or false by looking at the scene and at nothing else.
+Coordinates are those of a square picture, x to the right and y down, both in [-1, 1]. Everything a caption may say
+about a thing is an attribute of `Thing`, so that a caption is decided true or false by looking at the scene and at
+nothing else.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ TEXTURES = ("solid", "striped", "checkered")
 SIZES = ("small", "large")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 
-# Every shape fits its circle of radius r and touches it. Large things sit nearer the centre, to stay inside the picture.
+# Every shape fits its circle of radius r and touches it. Large things sit nearer the centre, to stay inside the
+# picture.
 RADIUS = {"small": 0.28, "large": 0.46}
 OFFSET = {"small": 0.58, "large": 0.38}
 

@@ -52,9 +52,7 @@ class TextToImage:
         t = self.pipeline.denoiser.process.draw(u)
         return self.pipeline.denoiser.loss(x0, cond.to(device), t, eps.to(device)).mean(), {}
 
-    def _draw(
-        self, index: Sequence[int]
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"], Bool[Tensor, " b"]]:
+    def _draw(self, index: Sequence[int]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"], Bool[Tensor, " b"]]:
         """Returns noise, a uniform number for the time, and whether the caption is kept, for each sample number.
 
         The uniform numbers are a Weyl sequence, so that every batch covers all noise levels evenly and its loss
@@ -68,12 +66,16 @@ class TextToImage:
 
     @torch.no_grad()
     def validate(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Returns val_loss at fixed noise and fixed, evenly spread times, and the loss per noise level (loss_t0: least noise)."""
+        """Returns val_loss at fixed noise and fixed, evenly spread times, and the loss per noise level (loss_t0: least
+        noise).
+        """
         device, denoiser = self.pipeline.device, self.pipeline.denoiser
         losses, times = [], []
         total = sum(len(batch.index) for batch in batches)
         for batch in batches:
-            eps = torch.stack([torch.randn(self.pipeline.space.shape, generator=generator(0, "validation", i)) for i in batch.index])
+            eps = torch.stack(
+                [torch.randn(self.pipeline.space.shape, generator=generator(0, "validation", i)) for i in batch.index]
+            )
             # (i·φ mod 1) again: neighbours in the data get times that are far apart
             u = (GOLDEN * torch.tensor(batch.index, dtype=torch.float64)) % 1
             x0, cond = self.pipeline.space.encode(batch.x(device)), self.pipeline.text(batch.captions).to(device)

@@ -1,0 +1,166 @@
+"""Pixels → scene, by analysis and synthesis: guess from simple measurements, draw the guess, keep what fits best.
+
+The background is the median of the border. What differs from it falls into connected parts, one per thing. The area
+and the centroid of a part give, for every shape, the centre and the radius that it would have to have. All shapes,
+textures and colours are then drawn there and compared with the pixels; the best few are fitted more closely; the
+closest wins.
+"""
+
+from itertools import product
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from minidiff.shapes.render import MAIN_TONE, centres, coverage, render
+from minidiff.shapes.scene import BACKGROUNDS, COLOURS, RADIUS, SHAPES, TEXTURES, Scene, Thing
+
+CONTRAST = (
+    0.5  # distance from the background, over RGB in [-1, 1], that makes a pixel part of a thing: 5 × noise of std 0.1
+)
+SMALLEST = 0.5  # area of a part, in squared radii of a small thing; what is smaller is a speck
+CLOSER = 4  # hypotheses that are fitted at most,
+RIVAL = 4.0  # if their error is within this factor of the least
+FIRST_STEP = 0.05  # of the fit, in the units of the scene; halved `HALVINGS` times
+HALVINGS = 4
+
+# Shape → its area at radius 1, measured on its own signed distance function.
+_FINE = np.meshgrid(centres(512), centres(512))
+AREA = {shape: 4 * float(coverage(shape, *_FINE, 256.0).mean()) for shape in SHAPES}
+TONES = np.array([COLOURS[name] for name in COLOURS], dtype=np.float32) / 127.5 - 1  # (colour, tone, rgb)
+PLAIN = np.array([BACKGROUNDS[name] for name in BACKGROUNDS], dtype=np.float32) / 127.5 - 1
+
+
+def parse(image: UInt8[np.ndarray, "px px 3"]) -> Scene:
+    """Reads the scene back from a square RGB picture of at least 16×16 pixels. Whatever the picture, it returns the
+    closest.
+    """
+    pixels = image.astype(np.float32) / 127.5 - 1
+    px = len(pixels)
+    ring = max(1, px // 32)
+    border = np.concatenate(
+        [pixels[:ring], pixels[-ring:], pixels[:, :ring].swapaxes(0, 1), pixels[:, -ring:].swapaxes(0, 1)], 1
+    )
+    seen = np.median(border.reshape(-1, 3), axis=0)
+    nearest = int(np.linalg.norm(PLAIN - seen, axis=1).argmin())
+    foreground = np.linalg.norm(pixels - seen, axis=2) > CONTRAST
+    smallest = SMALLEST * (RADIUS["small"] * px / 2) ** 2
+    parts = [part for part in _parts(foreground) if part.sum() >= smallest]
+    free = foreground & ~np.any(parts, axis=0) if parts else foreground
+    things = tuple(_thing(np.where(free[..., None], seen, pixels), part, parts, seen) for part in parts)
+    return Scene(list(BACKGROUNDS)[nearest], things)
+
+
+def distance(image: UInt8[np.ndarray, "px px 3"], scene: Scene) -> float:
+    """Returns the root mean square difference, with colours in [-1, 1], between a picture and a scene drawn exactly."""
+    difference = image.astype(np.float32) - render(scene, len(image))
+    return float(np.sqrt(np.mean((difference / 127.5) ** 2)))
+
+
+def _parts(mask: Bool[np.ndarray, "px px"]) -> list[Bool[np.ndarray, "px px"]]:
+    """Returns the connected parts of a mask; pixels that touch at a corner are connected."""
+    parts, left = [], mask.copy()
+    for start in zip(*np.nonzero(mask), strict=True):
+        if not left[start]:
+            continue
+        part, stack = np.zeros_like(mask), [start]
+        left[start] = False
+        while stack:
+            y, x = stack.pop()
+            part[y, x] = True
+            y0, x0 = max(0, y - 1), max(0, x - 1)
+            near = left[y0 : y + 2, x0 : x + 2]
+            stack += [(y0 + dy, x0 + dx) for dy, dx in np.argwhere(near).tolist()]
+            near[:] = False
+        parts.append(part)
+    return parts
+
+
+def _thing(
+    pixels: Float[np.ndarray, "px px 3"],
+    part: Bool[np.ndarray, "px px"],
+    parts: list[Bool[np.ndarray, "px px"]],
+    background: Float[np.ndarray, "3"],
+) -> Thing:
+    """Returns the thing whose drawing comes nearest to one part of a picture."""
+    px = len(pixels)
+    at = centres(px)
+    ys, xs = np.nonzero(part)
+    others = np.any([p for p in parts if p is not part], axis=0) if len(parts) > 1 else np.zeros_like(part)
+    rows = slice(max(0, ys.min() - 3), ys.max() + 4)
+    columns = slice(max(0, xs.min() - 3), xs.max() + 4)
+    target = pixels[rows, columns] - background
+    target[others[rows, columns]] = 0
+    window = _Window(target, background, at[columns], at[rows], px)
+
+    x, y, area = at[xs].mean(), at[ys].mean(), len(xs) * (2 / px) ** 2
+    guesses = []
+    for shape, texture in product(SHAPES, TEXTURES):
+        r = np.sqrt(area / AREA[shape])
+        spots = np.array([[x, y, r * stretch] for stretch in (0.85, 0.92, 1.0)], dtype=np.float32)
+        error, colour = window.errors(shape, texture, spots)
+        best = int(error.argmin())
+        guesses.append((float(error[best]), shape, texture, spots[best]))
+    guesses.sort(key=lambda guess: guess[0])
+    fitted = [
+        window.fit(shape, texture, spot)
+        for error, shape, texture, spot in guesses[:CLOSER]
+        if error <= RIVAL * guesses[0][0]
+    ]
+    _, shape, texture, colour, (x, y, r) = min(fitted, key=lambda fit: fit[0])
+    size = "large" if r > (RADIUS["small"] + RADIUS["large"]) / 2 else "small"
+    return Thing(shape, list(COLOURS)[colour], size, texture, float(x), float(y), float(r))
+
+
+class _Window:
+    """The pixels around one part, less the background, and how well a drawing explains them."""
+
+    def __init__(
+        self,
+        target: Float[np.ndarray, "h w 3"],
+        background: Float[np.ndarray, "3"],
+        xs: Float[np.ndarray, " w"],
+        ys: Float[np.ndarray, " h"],
+        px: int,
+    ) -> None:
+        self.target, self.xs, self.ys, self.px = target.reshape(-1, 3), xs, ys, px
+        main, second = np.moveaxis(TONES - background, 1, 0)  # (colour, rgb) each
+        self.tones = np.concatenate([main, second], 1).T  # (tone·rgb, colour)
+        self.products = np.stack([(main**2).sum(1), 2 * (main * second).sum(1), (second**2).sum(1)])  # (3, colour)
+        self.energy = float((self.target**2).sum())
+
+    def errors(
+        self, shape: str, texture: str, spots: Float[np.ndarray, "n 3"]
+    ) -> tuple[Float[np.ndarray, " n"], np.ndarray]:
+        """Returns, for things at `spots` (x, y, r), the squared error of the best colour, and that colour's number.
+
+        A drawing is main·share + second·rest, so its error is a quadratic form in the tones and needs no picture per
+        colour.
+        """
+        x, y, r = (spots[:, i, None, None] for i in range(3))
+        u, v = np.broadcast_arrays((self.xs[None, None, :] - x) / r, (self.ys[None, :, None] - y) / r)
+        scale = r * self.px / 2
+        cover, share = coverage(shape, u, v, scale), MAIN_TONE[texture](u, v, scale)
+        main, second = (m.reshape(len(spots), -1) for m in (cover * share, cover * (1 - share)))
+        overlaps = np.stack([(main**2).sum(1), (main * second).sum(1), (second**2).sum(1)], 1)
+        explained = np.concatenate([main @ self.target, second @ self.target], 1)
+        error = self.energy - 2 * explained @ self.tones + overlaps @ self.products
+        colour = error.argmin(1)
+        return error[np.arange(len(spots)), colour], colour
+
+    def fit(self, shape: str, texture: str, spot: Float[np.ndarray, "3"]) -> tuple:
+        """Moves x, y and r to where the error is least, by steps that halve; returns (error, shape, texture, colour,
+        spot).
+        """
+        moves = np.concatenate([np.zeros((1, 3)), np.eye(3), -np.eye(3)]).astype(np.float32)
+        step, halvings = FIRST_STEP, 0
+        while True:
+            spots = spot + step * moves
+            spots[:, 2] = spots[:, 2].clip(0.05)
+            error, colour = self.errors(shape, texture, spots)
+            best = int(error.argmin())
+            spot = spots[best]
+            if best == 0:
+                halvings += 1
+                step /= 2
+                if halvings > HALVINGS:
+                    return float(error[0]), shape, texture, int(colour[0]), spot
