@@ -132,7 +132,7 @@ class VError:
     (Li & He 2025, "Back to Basics: Let Denoising Generative Models Denoise").
     """
 
-    limit: float = 100.0
+    limit: float = 10.0
 
     def __call__(self, alpha: Tensor, sigma: Tensor, det: Tensor) -> Tensor:
         return torch.minimum(alpha**2 + sigma**2, self.limit * sigma**2) / det**2
