@@ -206,6 +206,17 @@ def assemble(
     """Puts the parts together: the network gets its channels from the space and its widths from the text encoder."""
     channels = space.shape[0]
     unet = net(in_channels=channels, out_channels=channels, token_dim=text.token_dim, vector_dim=text.vector_dim)
+    unit = space.patch * unet.multiple
+    if space.image_size % unit:
+        low = space.image_size // unit * unit
+        raise InputError(
+            "MD-NET-004",
+            f"image_size={space.image_size} does not fit the network: with space.patch={space.patch} and a UNet "
+            "that halves its "
+            f"map {unet.multiple.bit_length() - 1} time(s), it must be a multiple of {unit}. The nearest sizes "
+            f"are {low or unit} "
+            f"and {low + unit}.",
+        )
     return Pipeline(Denoiser(unet, process, objective, weighting), space, text, sampling)
 
 

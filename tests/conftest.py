@@ -1,6 +1,7 @@
 """What several rooms' tests share: a run of the shapes world that is tiny enough to train in seconds."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ TINY_RUN += ["sampling_steps=2", "every.log=1", "every.preview=4", "every.valida
 TINY_RUN += ["compile=false", "precision=fp32", "device=cpu", "workers=0"]
 
 
-def train(folder: Path, *overrides: str) -> Path:
+def train(folder: Path, *overrides: str, base: Sequence[str] = TINY_RUN) -> Path:
     """Trains inside `folder` as `python train.py` would, in this process; returns the run folder."""
     import sys
 
@@ -25,7 +26,7 @@ def train(folder: Path, *overrides: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     try:
-        values = compose("train", TINY_RUN + list(overrides))
+        values = compose("train", [*base, *overrides])
         script.train(values)
     finally:
         os.chdir(before)

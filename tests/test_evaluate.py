@@ -83,7 +83,8 @@ def test_a_run_of_another_world_is_not_scored(tiny_run):
 
 
 @pytest.mark.parametrize(
-    "arguments, words", [(["rnu=x"], "Did you mean 'run'"), (["run=x", "n=many"], "whole number"), (["n=3"], "run=runs")]
+    "arguments, words",
+    [(["rnu=x"], "Did you mean 'run'"), (["run=x", "n=many"], "whole number"), (["n=3"], "run=runs")],
 )
 def test_wrong_options_are_named(arguments, words):
     with pytest.raises(InputError, match=words):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minidiff.objective import X0, Edm, Eps, FlowVelocity, MinSNR, Uniform, V, determinant, solve, target
+from minidiff.objective import X0, Edm, Eps, FlowVelocity, MinSNR, Uniform, V, VError, determinant, solve, target
 from minidiff.process import EDM, Cosine, Flow, Linear, ScaledLinear, Sigmoid, ZeroTerminalSNR
 
 PROCESSES = [Linear(), ScaledLinear(), Cosine(), Sigmoid(), Flow(), EDM(), ZeroTerminalSNR(ScaledLinear())]
@@ -161,3 +161,21 @@ def test_min_snr_weighs_the_same_error_of_x0_the_same_for_every_objective(object
 def test_uniform_is_one_per_row():
     alpha, sigma = levels(Linear())
     assert torch.equal(Uniform()(alpha, sigma, alpha), torch.ones_like(alpha))
+
+
+@every_objective
+def test_v_error_is_the_error_of_v_whatever_the_network_answers(objective):
+    alpha, sigma = levels(Cosine())
+    x0, eps = pairs()
+    y = target(objective, x0, eps, alpha, sigma)
+    answer = y + 0.1 * torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = VError(limit=math.inf)(alpha, sigma, determinant(objective, alpha, sigma))
+    x0_hat, eps_hat = solve(objective, alpha * x0 + sigma * eps, answer, alpha, sigma)
+    v_hat, v = (target(V(), *both, alpha, sigma) for both in ((x0_hat, eps_hat), (x0, eps)))
+    torch.testing.assert_close(weight * (answer - y) ** 2, (v_hat - v) ** 2, rtol=1e-6, atol=1e-9)
+
+
+def test_v_error_is_bounded_in_terms_of_x0():
+    alpha, sigma = levels(Cosine())
+    weight = VError(limit=10.0)(alpha, sigma, determinant(X0(), alpha, sigma))
+    torch.testing.assert_close(weight, (1 + alpha**2 / sigma**2).clamp(max=10.0))

@@ -79,7 +79,13 @@ def test_steps_yield_every_state_and_end_in_the_picture(pipe):
 def test_settings_change_the_picture_and_unknown_ones_are_errors(pipe):
     base = {"steps": 4, "guidance": 3.0}
     plain = pipe.sample(["a star"], [0], **base)
-    for change in ({"rescale": 1.0}, {"low": 0.5}, {"threshold": 0.9}, {"threshold": 2.0}, {"grid": samplers.uniform}):
+    for change in (
+        {"rescale": 1.0},
+        {"low": 0.5},
+        {"threshold": 0.999},
+        {"threshold": 2.0},
+        {"grid": samplers.uniform},
+    ):
         assert not torch.allclose(plain, pipe.sample(["a star"], [0], **base, **change)), change
     with pytest.raises(TypeError, match="guidence"):
         pipe.sample(["a star"], [0], guidence=3.0)

@@ -67,3 +67,9 @@ def test_error_codes_are_unique_to_one_message():
         for code in re.findall(r'"(MD-[A-Z]+-\d+)"', file.read_text()):
             where.setdefault(code, set()).add(file.name)
     assert {code: files for code, files in where.items() if len(files) > 1} == {}
+
+
+def test_every_error_code_is_documented():
+    raised = {code for file in SCRIPTS for code in re.findall(r'"(MD-[A-Z]+-\d+)"', file.read_text())}
+    listed = set(re.findall(r"^\| (MD-[A-Z]+-\d+) \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE))
+    assert raised == listed
