@@ -211,11 +211,9 @@ def assemble(
         low = space.image_size // unit * unit
         raise InputError(
             "MD-NET-004",
-            f"image_size={space.image_size} does not fit the network: with space.patch={space.patch} and a UNet "
-            "that halves its "
-            f"map {unet.multiple.bit_length() - 1} time(s), it must be a multiple of {unit}. The nearest sizes "
-            f"are {low or unit} "
-            f"and {low + unit}.",
+            f"image_size={space.image_size} does not fit the network: with space.patch={space.patch} and a UNet that "
+            f"halves its map {unet.multiple.bit_length() - 1} time(s), it must be a multiple of {unit}. The nearest "
+            f"sizes are {low or unit} and {low + unit}.",
         )
     return Pipeline(Denoiser(unet, process, objective, weighting), space, text, sampling)
 

@@ -67,8 +67,10 @@ def test_contrastive_pretraining_runs_and_its_weights_condition_a_run(tmp_path):
     assert minidiff.load(run).text.identity != minidiff.load(train(tmp_path / "bundled")).text.identity
 
 
-@pytest.mark.parametrize("objective", ["eps weighting=uniform", "v", "flow process=flow", "edm process=edm
-weighting=uniform"]) def test_every_objective_trains(tmp_path, objective):
+@pytest.mark.parametrize(
+    "objective", ["eps weighting=uniform", "v", "flow process=flow", "edm process=edm weighting=uniform"]
+)
+def test_every_objective_trains(tmp_path, objective):
     run = train(tmp_path, *f"objective={objective} steps=2 every.preview=2".split())
     assert all(0 < line["loss"] < 100 for line in lines(run))
 
