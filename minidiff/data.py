@@ -10,6 +10,7 @@ training resumes in the middle of an epoch, with any number of workers, and ever
 import io
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -125,7 +126,7 @@ def parquet(
     if not files:
         raise DataError(
             "MD-DATA-001",
-            f"No file matches data.path={path} (seen from {_here()}). Check the path; a glob wants quotes.",
+            f"No file matches data.path={path} (seen from {os.getcwd()}). Check the path; a glob wants quotes.",
         )
     try:
         with _quiet():
@@ -147,7 +148,7 @@ def folder(path: str, image: str = "image", caption: str = "caption") -> Source:
     if not Path(path).is_dir():
         raise DataError(
             "MD-DATA-002",
-            f"data.path={path} is not a folder (seen from {_here()}). Name the folder that holds metadata.jsonl.",
+            f"data.path={path} is not a folder (seen from {os.getcwd()}). Name the folder that holds metadata.jsonl.",
         )
     with _quiet():
         rows = datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
@@ -167,10 +168,8 @@ def hub(
         raise DataError(
             "MD-DATA-003",
             f"The dataset data.path={path} (split {split}) could not be read from the Hugging Face Hub or its "
-            "local cache: "
-            f"{str(error).splitlines()[0]} It may be misspelt, private or gated (log in with `hf auth login`), or "
-            "this machine is "
-            "offline. data=shapes is built in and needs no network.",
+            f"local cache: {str(error).splitlines()[0]} It may be misspelt, private or gated (log in with `hf auth "
+            "login`), or this machine is offline. data=shapes is built in and needs no network.",
         ) from error
     return _split(f"hub {path}", rows, image, caption, None, "train", "test")
 
@@ -235,23 +234,15 @@ def _missing_column(name: str, option: str, wanted: str, features: dict) -> str:
     return f"The data source {name} has no column '{wanted}' ({option}). Its columns are: {columns}.{likely}"
 
 
-def _here() -> str:
-    from pathlib import Path
-
-    return str(Path.cwd())
-
-
-class _quiet:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Keeps the progress bars of `datasets` off our own screen."""
+    import datasets
 
-    def __enter__(self) -> None:
-        import datasets
-
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *_: object) -> None:
-        import datasets
-
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
         datasets.enable_progress_bars()
 
 

@@ -248,9 +248,8 @@ def load(path: str | Path, weights: str = "ema", device: str = "auto") -> Pipeli
         raise CheckpointError(
             "MD-CKPT-021",
             f"{folder} was trained with the text encoder {terms['text_identity']}, but {pipeline.text.identity} "
-            "is what its recipe "
-            "gives here, so prompts would mean something else. Restore that encoder's weights, or train again "
-            "with this one.",
+            "is what its recipe gives here, so prompts would mean something else. Restore that encoder's weights, or "
+            "train again with this one.",
         )
     load_model(pipeline.denoiser.net, saved.tensors[part])
     pipeline.denoiser.eval().requires_grad_(False)

@@ -25,8 +25,7 @@ class Pixels:
             raise InputError(
                 "MD-SPACE-001",
                 f"image_size={image_size} cannot be cut into patches of {patch}×{patch} pixels (space.patch): it "
-                "must be "
-                f"a multiple of {patch}. The nearest sizes are {low or patch} and {low + patch}.",
+                f"must be a multiple of {patch}. The nearest sizes are {low or patch} and {low + patch}.",
             )
         self.image_size, self.patch = image_size, patch
         self.shape = (3 * patch**2, image_size // patch, image_size // patch)

@@ -43,18 +43,15 @@ def create_clip(model: str, pretrained: str | None = None) -> nn.Module:
             raise MachineError(
                 "MD-TEXT-001",
                 f"The pretrained weights '{pretrained}' of OpenCLIP's {model} are neither in the local cache nor "
-                "could they be "
-                f"downloaded ({type(error).__name__}). Run once on a machine with internet, or copy its Hugging "
-                "Face cache "
-                "folder here (its place is $HF_HOME), or use text=tiny, which comes with minidiff.",
+                f"could they be downloaded ({type(error).__name__}). Run once on a machine with internet, or copy "
+                "its Hugging Face cache folder here (its place is $HF_HOME), or use text=tiny, which comes with "
+                "minidiff.",
             ) from error
 
 
 @contextmanager
 def _open_clip():
-    """Imports open_clip with our own configuration registered; its remarks and the hub's retries stay off the
-    screen.
-    """
+    """Imports open_clip, knowing our own configuration, and keeps its remarks and retries off the screen."""
     import logging
 
     import open_clip
@@ -92,8 +89,7 @@ class Tokenizer:
 class TextEncoder:
     """A frozen OpenCLIP text encoder with a memory: each distinct caption is encoded once.
 
-    `layer` counts the transformer's layers from the end: −1 is the last, −2 the one before it, as in Stable Diffusion
-    2.
+    `layer` counts from the end: −1 is the transformer's last layer, −2 the one before, as in Stable Diffusion 2.
     """
 
     def __init__(
@@ -119,9 +115,7 @@ class TextEncoder:
         return self
 
     def __call__(self, captions: Sequence[str]) -> Cond:
-        """Returns tokens (b, l, d), their mask and vectors (b, e), on the CPU, in float32; l is the encoder's
-        context.
-        """
+        """Returns tokens (b, l, d), their mask and vectors (b, e): float32, on the CPU, l the encoder's context."""
         missing = [c for c in dict.fromkeys(captions) if c not in self._memory]
         for i in range(0, len(missing), BATCH):
             self._encode(missing[i : i + BATCH])
@@ -141,9 +135,7 @@ class TextEncoder:
             normalize_intermediates=True,
         )
         tokens, vectors = out["text_intermediates"][0].float().cpu(), out["text_features"].float().cpu()
-        vectors = (
-            vectors * vectors.shape[1] ** 0.5
-        )  # unit length → unit variance, the scale of every other network input
+        vectors = vectors * vectors.shape[1] ** 0.5  # unit length → unit variance, as every other network input
         for i, (caption, length) in enumerate(zip(captions, self.tokenizer.lengths(ids).tolist(), strict=True)):
             self._memory[caption] = (tokens[i, :length].clone(), vectors[i])
 

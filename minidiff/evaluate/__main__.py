@@ -90,8 +90,7 @@ def evaluate(pipe, options: dict, folder: Path) -> dict:
         raise InputError(
             "MD-EVAL-004",
             f"{folder} was not trained on the shapes world (its captions never held {', '.join(foreign)}), and "
-            "only there can "
-            "prompt-following be decided. Train on data=shapes to be scored.",
+            "only there can prompt-following be decided. Train on data=shapes to be scored.",
         )
     how = {name: options[name] for name in ("steps", "guidance")}
     calls = NetworkCalls(pipe)
