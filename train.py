@@ -72,7 +72,7 @@ class Run:
         self.start = 0 if came_from is None else self.restore(came_from)
 
         source, self.batches, self.validation = self.open_data()
-        compiled = should_compile(values["compile"], self.accelerator.device, self.steps)
+        compiled = should_compile(values["compile"], self.accelerator.device)
         if compiled:
             self.model.compile()
         if self.accelerator.num_processes > 1:

@@ -8,8 +8,6 @@ import torch
 
 from minidiff.errors import InputError, MachineError
 
-COMPILE_FROM = 4000  # updates; on a CPU, fewer do not earn back a minute of compiling
-
 
 def resolve_device(device: str) -> torch.device:
     """Returns the device that `auto`, `cpu`, `cuda` or `mps` means here; raises MachineError (MD-ENV-001)."""
@@ -57,14 +55,6 @@ def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["acc
     return accelerator, name
 
 
-def should_compile(wanted: bool | str, device: torch.device, steps: int) -> bool:
-    """Whether to compile the network: as asked, or where it pays (`auto`): on CUDA, and in long runs on a CPU with a
-    C++ compiler.
-    """
-    if wanted != "auto":
-        return wanted
-    if device.type == "cpu":
-        from shutil import which
-
-        return steps >= COMPILE_FROM and which("g++") is not None
-    return device.type == "cuda"
+def should_compile(wanted: bool | str, device: torch.device) -> bool:
+    """Whether to compile the network: as asked, or (`auto`) on CUDA. On CPUs it has not paid (docs/decisions.md)."""
+    return device.type == "cuda" if wanted == "auto" else wanted
