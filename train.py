@@ -56,7 +56,7 @@ class Run:
 
         from minidiff.ema import EMA
         from minidiff.log import RunLog
-        from minidiff.machine import open_accelerator, should_compile
+        from minidiff.machine import compile_network, open_accelerator
 
         self.values, self.steps, self.folder = values, values["steps"], Path("runs") / values["name"]
         self.accelerator, precision = open_accelerator(values["device"], values["precision"], values["accumulate"])
@@ -66,22 +66,21 @@ class Run:
         self.model = self.task.model
         if self.accelerator.device.type == "cuda":
             self.model.to(memory_format=torch.channels_last)  # faster there, slower on a CPU
-        self.optimizer = make_optimizer(self.model, values["optim"])
+        optim = values["optim"]
+        self.optimizer = build(optim["make"])(self.model, optim["lr"], optim["betas"], optim["weight_decay"])
         self.ema = EMA(self.model, values["ema"])
         came_from = self.find_checkpoint()
         self.start = 0 if came_from is None else self.restore(came_from)
 
         source, self.batches, self.validation = self.open_data()
-        compiled = should_compile(values["compile"], self.accelerator.device)
-        if compiled:
-            self.model.compile()
+        compiled = compile_network(self.model, values["compile"], self.accelerator.device)
         if self.accelerator.num_processes > 1:
             self.task.model = self.accelerator.prepare_model(self.model)
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
 
         self.log = RunLog(self.folder, values["log"]["wandb"], resume_step=self.start, steps=self.steps)
         write_yaml(values, self.folder / "config.yaml")
-        self.log.say(self.preflight(source, f"{precision}, {'compiled' if compiled else 'eager'}"))
+        self.log.say(self.preflight(source, f"{precision}, {compiled}"))
         self.log.say(f"going on from {came_from}" if came_from else "no checkpoint found, starting at step 0")
 
     def open_data(self):
@@ -218,14 +217,6 @@ class Run:
             "folder": f"{self.folder} (metrics.jsonl, metrics.csv, log.txt, samples/, checkpoints/)",
         }
         return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
-
-
-def make_optimizer(model, optim: dict):
-    """Returns AdamW; its learning rate is set anew at every update."""
-    import torch
-
-    betas, decay = tuple(optim["betas"]), optim["weight_decay"]
-    return torch.optim.AdamW(model.parameters(), lr=optim["lr"], betas=betas, weight_decay=decay, fused=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,17 @@ def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["acc
     return accelerator, name
 
 
-def should_compile(wanted: bool | str, device: torch.device) -> bool:
-    """Whether to compile the network: as asked, or (`auto`) on CUDA. On CPUs it has not paid (docs/decisions.md)."""
-    return device.type == "cuda" if wanted == "auto" else wanted
+def compile_network(net: torch.nn.Module, wanted: bool | str, device: torch.device) -> str:
+    """Has a network compiled at its first call, as asked or (`auto`) on CUDA; returns what was done, in words.
+
+    On CPUs it has not paid (docs/decisions.md). Where PyTorch cannot compile, the network stays as it is.
+    """
+    if not (device.type == "cuda" if wanted == "auto" else wanted):
+        return "eager"
+    try:  # on something small: a missing compiler would otherwise show in the middle of the first update
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # backends raise errors of their own kinds
+        reason = str(error).strip().splitlines()[0]
+        return f"eager (PyTorch cannot compile here: {type(error).__name__}: {reason})"
+    net.compile()
+    return "compiled"

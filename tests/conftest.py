@@ -8,8 +8,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for the network
 
-TINY_RUN = ["steps=4", "batch_size=8", "data.n=64", "data.validation=16", "net.channels=[16,32]", "net.groups=4"]
-TINY_RUN += ["sampling_steps=2", "every.log=1", "every.preview=4", "every.validate=2", "every.save=2"]
+TINY_RUN = ["steps=4", "batch_size=8", "data.n=64", "data.validation=16", "net.channels=[16,32]"]
+TINY_RUN += ["net.attend=[false,true]", "net.groups=4", "sampling_steps=2"]
+TINY_RUN += ["every.log=1", "every.preview=4", "every.validate=2", "every.save=2"]
 TINY_RUN += ["compile=false", "precision=fp32", "device=cpu", "workers=0"]
 
 

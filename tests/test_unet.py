@@ -4,7 +4,7 @@ import torch
 from minidiff.cond import Cond
 from minidiff.errors import InputError
 from minidiff.nn.attention import CrossAttention, SelfAttention
-from minidiff.nn.embed import sinusoidal
+from minidiff.nn.embed import grid_embedding, sinusoidal
 from minidiff.nn.unet import UNet
 
 
@@ -97,3 +97,26 @@ def test_sinusoidal_is_cosines_then_sines():
     torch.testing.assert_close(emb[0], torch.tensor([1.0, 1.0, 0.0, 0.0]))
     angle = torch.tensor([2.0, 2.0 / 100])
     torch.testing.assert_close(emb[1], torch.cat([angle.cos(), angle.sin()]))
+
+
+def test_grid_embedding_tells_every_place_apart_whatever_the_size():
+    small, large = grid_embedding(8, 8, 32, torch.device("cpu")), grid_embedding(24, 24, 32, torch.device("cpu"))
+    places = small.flatten(1).mT
+    assert torch.cdist(places, places).add(torch.eye(64) * 99).min() > 1.0
+    assert torch.allclose(small, large[:, 1::3, 1::3], atol=1e-5)  # the same places of the picture
+    assert torch.allclose(small.square().mean(0), torch.ones(8, 8), atol=1e-5)
+
+
+def test_positions_let_a_network_answer_by_place():
+    """Far from the borders, convolutions alone answer an even picture evenly."""
+    cond = Cond(tokens=torch.ones(1, 1, 8), vector=torch.ones(1, 6))
+    for positions in (False, True):
+        net = tiny(channels=[16], attend=[False], positions=positions)
+        net.mid_in.transformer = None
+        answer = net(torch.zeros(1, 3, 64, 64), TAU[:1], cond)[0, :, 28:36, 28:36]
+        assert (answer.std((1, 2)).max() > 1e-3) == positions
+
+
+def test_positions_need_a_width_of_fours():
+    with pytest.raises(InputError, match="MD-NET-005"):
+        tiny(channels=[6], groups=2, heads=2, attend=[False], positions=True)

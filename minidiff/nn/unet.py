@@ -20,7 +20,7 @@ from minidiff.cond import Cond
 from minidiff.errors import InputError
 from minidiff.nn.attention import SpatialTransformer
 from minidiff.nn.blocks import Block, Downsample, Level, ResBlock, Upsample
-from minidiff.nn.embed import TimeEmbedding
+from minidiff.nn.embed import TimeEmbedding, grid_embedding
 
 
 class UNet(nn.Module):
@@ -40,10 +40,12 @@ class UNet(nn.Module):
         vector_dim: int | None = None,  # width of `cond.vector`; None: no such port
         image_channels: int = 0,  # channels of `cond.image`
         scale_shift: bool = False,  # the time embedding scales and shifts features instead of being added to them
+        positions: bool = False,  # tells every position where it is, by sines added to the stem's output
     ) -> None:
         super().__init__()
-        _check_widths(channels, attend, heads, groups)
+        _check_widths(channels, attend, heads, groups, positions)
         self.multiple = 2 ** (len(channels) - 1)
+        self.positions = positions
         time_dim = 4 * channels[0]
 
         def block(c_in: int, c_out: int, attends: bool) -> Block:
@@ -82,6 +84,8 @@ class UNet(nn.Module):
             raise InputError("MD-NET-001", size_message(x.shape[2], x.shape[3], self.multiple))
         time = F.silu(self.time(tau, cond.vector))
         h = self.stem(x if cond.image is None else torch.cat([x, cond.image], dim=1))
+        if self.positions:
+            h = h + grid_embedding(h.shape[2], h.shape[3], h.shape[1], h.device).to(h.dtype)
 
         skips = [h]
         for level in self.down:
@@ -114,7 +118,7 @@ def size_message(height: int, width: int, multiple: int) -> str:
     )
 
 
-def _check_widths(channels: Sequence[int], attend: Sequence[bool], heads: int, groups: int) -> None:
+def _check_widths(channels: Sequence[int], attend: Sequence[bool], heads: int, groups: int, positions: bool) -> None:
     if len(attend) != len(channels):
         raise InputError(
             "MD-NET-002",
@@ -128,3 +132,9 @@ def _check_widths(channels: Sequence[int], attend: Sequence[bool], heads: int, g
                 f"net.channels holds {width}, which cannot be divided into {groups} groups (net.groups) and "
                 f"{heads} heads (net.heads).",
             )
+    if positions and channels[0] % 4:
+        raise InputError(
+            "MD-NET-005",
+            f"net.positions=true needs net.channels to begin with a multiple of 4 (a sine and a cosine for each of x "
+            f"and y), and {channels[0]} is none.",
+        )

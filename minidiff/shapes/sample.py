@@ -37,6 +37,7 @@ WEIGHTS = {
     "attribute_binding": 0.12,
 }
 CAPTIONS = 4
+FULL = 0.9  # share of captions, after the prompt, that tell all there is to see
 GAP = 0.14  # between the circles around two things: more than two pixels at 32 px
 JITTER = 0.06  # of a centre, either way
 STRETCH = 0.08  # of a radius, either way
@@ -46,7 +47,7 @@ Kind = tuple[str, str]  # colour, shape
 
 @dataclass(frozen=True)
 class Example:
-    """A scene with true claims about it, `captions[i]` wording `claims[i]`. The first is its category's own prompt."""
+    """A scene with true claims about it, `captions[i]` wording `claims[i]`. The first is its category's test prompt."""
 
     category: str
     scene: Scene
@@ -76,8 +77,8 @@ def example(split: str, index: int, seed: int = 0, weights: Mapping[str, float] 
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     category = _pick(rng, weights)
     scene = _scene(rng, category, heldout=split == "heldout")
-    claims = [_prompt(rng, category, scene), _claim(rng, category, scene, detail=1.0)]
-    claims += [_claim(rng, category, scene, detail=rng.choice((0.3, 0.6, 1.0))) for _ in range(CAPTIONS - 2)]
+    claims = [_prompt(rng, category, scene)]
+    claims += [_claim(rng, category, scene, detail=1.0 if rng.random() < FULL else 0.5) for _ in range(CAPTIONS - 1)]
     captions = tuple(caption(claim, int(rng.integers(WORDINGS))) for claim in claims)
     return Example(category, scene, tuple(claims), captions)
 

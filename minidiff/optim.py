@@ -1,0 +1,107 @@
+"""Optimizers: how gradients become updates.
+
+    AdamW    every number on its own: its gradient over the gradient's typical size   (Loshchilov & Hutter 2019)
+    Muon     every matrix as a whole: U·Vᵀ in place of the gradient G = U·S·Vᵀ       (Jordan et al. 2024)
+
+A gradient matrix consists of a few strong directions and many weak ones, such as what a single word changes. Muon
+walks equally far in all of them, so that the rare is learned with the common.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.adamw import adamw
+
+EPS = 1e-8  # of AdamW
+MOMENTUM = 0.95  # of Muon
+MATRIX_LR = 10.0  # Muon's learning rate over AdamW's: 0.02 where AdamW takes 2e-3
+QUINTIC = (3.4445, -4.7750, 2.0315)  # a·s + b·s³ + c·s⁵ brings every s in (0, 1] towards 1
+
+
+def make_adamw(model: nn.Module, lr: float, betas: Sequence[float], weight_decay: float) -> Optimizer:
+    """Returns AdamW for all of a model."""
+    return AdamW(model.parameters(), lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+
+
+def make_muon(model: nn.Module, lr: float, betas: Sequence[float], weight_decay: float) -> Optimizer:
+    """Returns Muon for the matrices and kernels of a model; biases and norms are left to AdamW."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "matrices": True},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "matrices": False},
+    ]
+    return Muon(groups, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+
+
+class Muon(Optimizer):
+    """Muon for the groups of `matrices`, AdamW for the others. A kernel (o, i, h, w) is the matrix (o, i·h·w)."""
+
+    def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Makes one update. `closure` may compute the loss once more, as PyTorch allows of every optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            (self._muon if group["matrices"] else self._adamw)(parameters, group)
+        return loss
+
+    def _muon(self, parameters: list[Tensor], group: dict) -> None:
+        lr = MATRIX_LR * group["lr"]
+        by_shape = defaultdict(list)  # matrices of one shape are made orthogonal together
+        for p in parameters:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 1 - MOMENTUM)
+            update = p.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov's: as if one step ahead
+            by_shape[update.shape].append((p, update))
+        for (rows, columns), pairs in by_shape.items():
+            updates = orthogonal(torch.stack([update for _, update in pairs]))
+            for (p, _), update in zip(pairs, updates, strict=True):
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update.view_as(p), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+    def _adamw(self, parameters: list[Tensor], group: dict) -> None:
+        for p in parameters:
+            if p not in self.state:
+                zero = torch.zeros((), device=p.device)
+                self.state[p] = {"step": zero, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=EPS,
+            maximize=False,
+        )
+
+
+def orthogonal(matrices: Float[Tensor, "n r c"], iterations: int = 5) -> Float[Tensor, "n r c"]:
+    """Returns about U·Vᵀ for each matrix U·S·Vᵀ: singular values end between 0.7 and 1.2, except those near zero.
+
+    Newton-Schulz iteration in bfloat16: matrix products only, and the errors do not matter for an update.
+    """
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = (matrices if wide else matrices.mT).to(torch.bfloat16)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value exceeds 1 now
+    a, b, c = QUINTIC
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.mT).to(matrices.dtype)

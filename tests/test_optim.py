@@ -1,0 +1,70 @@
+"""Muon makes its updates orthogonal, leaves vectors to AdamW, and survives a checkpoint bit by bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from minidiff.optim import MATRIX_LR, make_adamw, make_muon, orthogonal
+from minidiff.state import flatten_optimizer, unflatten_optimizer
+
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(8 * 16, 5), nn.LayerNorm(5))
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    x = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    (model(x)[:, 0] - x.mean((1, 2, 3))).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (3, 4, 20), (3, 20, 4)])
+def test_orthogonal_keeps_the_directions_and_evens_their_lengths(shape):
+    generator = torch.Generator().manual_seed(1)
+    u, s, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    s = torch.linspace(5, 0.5, s.shape[1]).expand_as(s)
+    out = orthogonal((u * s[:, None]) @ vh)
+    inside = u.mT @ out @ vh.mT  # diagonal if U and V are what they were
+    assert (inside.diagonal(dim1=1, dim2=2) - 1).abs().max() < 0.35
+    assert (inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
+
+
+def test_first_update_of_a_kernel_has_equal_singular_values():
+    model = small_model()
+    optimizer = make_muon(model, **OPTIONS | {"weight_decay": 0.0})
+    before = model[3].weight.detach().clone()
+    descend(model, optimizer, seed=0)
+    lengths = torch.linalg.svdvals((model[3].weight.detach() - before) / (MATRIX_LR * OPTIONS["lr"]))
+    strong = lengths[lengths > 0.3]  # directions without any gradient stay where they are
+    assert len(strong) >= 1 and strong.max() < 1.3 and strong.min() > 0.5
+
+
+def test_vectors_move_as_under_adamw():
+    one = small_model()
+    two = copy.deepcopy(one)
+    muon, adamw = make_muon(one, **OPTIONS), make_adamw(two, **OPTIONS)
+    descend(one, muon, seed=0)
+    descend(two, adamw, seed=0)
+    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(p, q) == (p.ndim == 1), name
+
+
+def test_muon_goes_on_bitwise_after_a_checkpoint():
+    model = small_model()
+    optimizer = make_muon(model, **OPTIONS)
+    for seed in range(3):
+        descend(model, optimizer, seed)
+    tensors, groups = flatten_optimizer(optimizer, model)
+    tensors = {name: x.clone() for name, x in tensors.items()}
+    again = copy.deepcopy(model)
+    other = make_muon(again, **OPTIONS)
+    other.load_state_dict(unflatten_optimizer(other, again, tensors, groups))
+    descend(model, optimizer, seed=9)
+    descend(again, other, seed=9)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
