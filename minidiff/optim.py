@@ -58,7 +58,9 @@ class Muon(Optimizer):
         lr = MATRIX_LR * group["lr"]
         by_shape = defaultdict(list)  # matrices of one shape are made orthogonal together
         for p in parameters:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if p not in self.state:
+                self.state[p] = {"momentum": torch.zeros_like(p)}
+            momentum = self.state[p]["momentum"]
             momentum.lerp_(p.grad, 1 - MOMENTUM)
             update = p.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov's: as if one step ahead
             by_shape[update.shape].append((p, update))
