@@ -138,7 +138,7 @@ class Pipeline:
         noise = ImageNoise(seeds)
         process, shape = self.denoiser.process, (len(prompts), *self.space.shape)
         times = how.grid(process, how.steps)
-        x = process.sigma(times[0]).float().to(self.device) * noise(torch.empty(shape, device=self.device))
+        x = process.start_std(times[0]).float().to(self.device) * noise(torch.empty(shape, device=self.device))
         denoise = self.guided(self.text(prompts), self.text([negative]), how)
         for state in how.sampler(denoise, x, times, process, noise):
             yield State(*state)

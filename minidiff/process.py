@@ -8,25 +8,30 @@ ratio is snr = alpha²/sigma².
     Linear, ScaledLinear, Cosine, Sigmoid    variance preserving, alpha² + sigma² = 1
     Flow                                     a straight line from data to noise
     EDM                                      variance exploding, alpha = 1
+    Table                                    the N discrete levels of a foreign checkpoint
     ZeroTerminalSNR                          makes a variance preserving process end in pure noise
 
 `t` may have any shape. Samplers need it in float64: in their last steps 1 - alpha is tiny.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.errors import InputError
+from minidiff import schedule
+from minidiff.errors import InputError, did_you_mean
 
 
 class Process:
     """The interface of a process, and what follows from `alpha` and `sigma` alone."""
 
     t_max = 1.0  # where training and sampling begin; below 1 where alpha(1) = 0 makes eps impossible to undo
+    t_min = 0.0  # the cleanest time that training sees
 
     def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """Returns how much of the data is left at time `t`."""
@@ -40,6 +45,14 @@ class Process:
         """Returns the embedding time that networks receive, in DDPM's units: 0 … 999, fractions allowed."""
         return 999 * t
 
+    def t_of_tau(self, tau: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """Returns the times (float64) at which `tau` is reached."""
+        return tau.double() / 999
+
+    def start_std(self, t: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Returns the standard deviation of the noise that sampling starts from at time `t`."""
+        return self.sigma(t)
+
     def draw(self, u: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """Returns training times in (0, t_max] from uniform `u` in [0, 1)."""
         return self.t_max * (1 - u)  # u can be exactly 0, but at t = 0 there is nothing to learn
@@ -47,6 +60,10 @@ class Process:
     def log_snr(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """Returns log(alpha²/sigma²): +inf at t = 0, and it only falls."""
         return 2 * torch.log(self.alpha(t) / self.sigma(t))
+
+    def karras_sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """Returns sigma/alpha, the noise level in units of the data (Karras et al. 2022)."""
+        return self.sigma(t) / self.alpha(t)
 
     def t_of_log_snr(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """Returns the times (float64) in [0, t_max] at which `log_snr` is reached, by bisection."""
@@ -170,6 +187,92 @@ class EDM(Process):
     def draw(self, u: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(1 - u))
         return ((sigma / self.sigma_max) ** (1 / self.rho)).clamp(max=self.t_max)
+
+
+@dataclass(frozen=True)
+class Table(Process):
+    """N discrete noise levels, alpha² = alphas_cumprod, as Stable Diffusion and most foreign checkpoints have them.
+
+    Entry k, the library's timestep k, lies at t = (k + 1)/N, and t = 0 is the data: so tau(t) = N·t - 1. Between
+    entries Karras' sigma is interpolated linearly in t, as the library's Euler sampler does it, or logarithmically
+    (`log_linear`), as k-diffusion does it; before entry 0 it falls linearly to 0, where the network's time stays 0.
+
+    Raises `InputError` (MD-PROCESS-002) for an unknown schedule or betas that are none.
+    """
+
+    betas: str | Sequence[float] = "linear"  # linear | scaled_linear | squaredcos_cap_v2, or the numbers themselves
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    n: int = 1000  # levels (num_train_timesteps); given betas are counted
+    zero_terminal_snr: bool = False  # rescaled to end in pure noise (Lin et al. 2023, alg. 1)
+    floor: float = 0.0  # the least alphas_cumprod: some samplers of the library put 2**-24 where it is 0
+    log_linear: bool = False
+    whole_tau: bool = False  # networks hear the nearest entry's time, as with the library's multistep samplers
+    unit_start: bool = True  # sampling starts from noise of deviation 1, as if alpha·x0 were in it; else from sigma
+
+    def __post_init__(self) -> None:
+        if isinstance(self.betas, str):
+            if self.betas not in schedule.NAMED:
+                known = list(schedule.NAMED)
+                raise _bad_table(f"there is no schedule '{self.betas}'.{did_you_mean(self.betas, known)}")
+        else:
+            object.__setattr__(self, "betas", tuple(self.betas))  # JSON has only lists, and they cannot be compared
+            object.__setattr__(self, "n", len(self.betas))
+        levels = self.alphas_cumprod
+        if len(levels) < 2 or not (levels[0] < 1 and levels[-1] >= 0 and (levels.diff() < 0).all()):
+            raise _bad_table("these betas do not add noise in every step: each must be above 0 and at most 1")
+
+    @cached_property
+    def alphas_cumprod(self) -> Float[Tensor, " n"]:
+        """The table itself (float32): what is left of the data's variance at each entry."""
+        betas = schedule.betas(self.betas, self.n, self.beta_start, self.beta_end)
+        betas = schedule.zero_terminal_snr(betas) if self.zero_terminal_snr else betas
+        return schedule.alphas_cumprod(betas).clamp(min=self.floor)
+
+    @property
+    def t_min(self) -> float:
+        return 1 / self.n
+
+    def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.rsqrt(1 + self._karras(t) ** 2).to(t.dtype)
+
+    def sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.rsqrt(1 + self._karras(t) ** -2).to(t.dtype)  # right for 0 and for infinity, unlike sigma·alpha
+
+    def tau(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        tau = (self.n * t - 1).clamp(min=0)
+        return tau.round() if self.whole_tau else tau
+
+    def t_of_tau(self, tau: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return (tau.double() + 1) / self.n
+
+    def start_std(self, t: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        return torch.ones_like(t) if self.unit_start else self.sigma(t)
+
+    def draw(self, u: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return 1 - torch.floor(u * self.n) / self.n  # the entries only: what the checkpoint was trained on
+
+    @cached_property
+    def _sigmas(self) -> Float[Tensor, " entries"]:
+        """Karras' sigma of the data and of every entry, float64."""
+        bar = self.alphas_cumprod.double()
+        return torch.cat([bar.new_zeros(1), torch.sqrt((1 - bar) / bar)])
+
+    def _karras(self, t: Tensor) -> Tensor:
+        at = torch.round(self.n * t.double(), decimals=9)  # an entry is an entry, whatever (k + 1)/N·N rounds to
+        above = at.ceil().clamp(1, self.n)
+        low, high = self._sigmas.to(t.device)[torch.stack([above - 1, above]).long()]
+        share = at - (above - 1)  # in (0, 1], so that no weight 0 meets an infinite sigma
+        linear = (1 - share) * low + share * high
+        return torch.where(low > 0, low * (high / low) ** share, linear) if self.log_linear else linear
+
+
+def _bad_table(why: str) -> InputError:
+    return InputError(
+        "MD-PROCESS-002",
+        f"The table of noise levels cannot be made: {why}. betas names one of "
+        f"{', '.join(schedule.NAMED)}, from beta_start to beta_end, or lists the betas of a checkpoint.",
+    )
 
 
 @dataclass(frozen=True)

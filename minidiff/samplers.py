@@ -6,10 +6,14 @@ image, and the whole list is a film.
 
     sampler(denoise, x, times, process, randn_like)
 
-`x` is noise of standard deviation sigma(times[0]); `times` is a float64 grid on the CPU that falls to exactly
-0 (`uniform`, `log_snr`, `karras` below); `process` gives alpha and sigma; `randn_like(x)` gives fresh noise,
-and only stochastic samplers ask for it. A step goes from t to s < t. Karras' sigma is our sigma/alpha, and
-his x our x/alpha.
+`x` is noise of standard deviation process.start_std(times[0]); `times` is a float64 grid on the CPU that falls
+to 0, the data, or to whatever noise the result may keep (`minidiff.grids`); `process` gives alpha and sigma;
+`randn_like(x)` gives fresh noise, and only stochastic samplers ask for it. A step goes from t to s < t. Karras'
+sigma is our sigma/alpha, and his x our x/alpha.
+
+    ddpm, ddim(eta)                            Ho et al. 2020, Song et al. 2021a
+    euler, euler_ancestral(eta), heun          Karras et al. 2022
+    dpmpp_2m, dpmpp_2m_sde, unipc              Lu et al. 2022, Zhao et al. 2023: steps in lambda = log(alpha/sigma)
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff.grids import SIGMA_MIN, karras, log_snr, uniform
 from minidiff.process import Process
 
 
@@ -87,7 +92,7 @@ def euler(
         x0, eps = denoise(x, t)
         yield State(t, x, x0, eps)
         # x + (sigma_s - sigma_t)·eps, with x = x0 + sigma_t·eps put in: finite even where alpha(t) = 0.
-        x = process.alpha(s) * (x0 + _karras_sigma(process, s) * eps)
+        x = process.alpha(s) * (x0 + process.karras_sigma(s) * eps)
     yield State(times[-1], x, x, eps)
 
 
@@ -104,7 +109,7 @@ def euler_ancestral(
     for t, s in pairwise(times):
         x0, eps = denoise(x, t)
         yield State(t, x, x0, eps)
-        sigma_t, sigma_s = _karras_sigma(process, t), _karras_sigma(process, s)
+        sigma_t, sigma_s = process.karras_sigma(t), process.karras_sigma(s)
         up = torch.minimum(sigma_s, eta * sigma_s * (1 - (sigma_s / sigma_t) ** 2).sqrt())
         down = (sigma_s**2 - up**2).clamp(min=0).sqrt()
         x = process.alpha(s) * (x0 + down * eps)
@@ -124,7 +129,7 @@ def heun(
     for t, s in pairwise(times):
         x0, eps = denoise(x, t)
         yield State(t, x, x0, eps)
-        sigma_t, sigma_s = _karras_sigma(process, t), _karras_sigma(process, s)
+        sigma_t, sigma_s = process.karras_sigma(t), process.karras_sigma(s)
         x = process.alpha(s) * (x0 + sigma_s * eps)
         # The last step stays Euler's, as in the paper, and so does a first one where alpha(t) = 0.
         if sigma_s > 0 and sigma_t.isfinite():
@@ -140,52 +145,100 @@ def dpmpp_2m(
     process: Process,
     randn_like: Callable,
 ) -> Iterator[State]:
-    """DPM-Solver++(2M): x0_hat extrapolated along lambda = log(alpha/sigma) (Lu et al. 2022, alg. 2)."""
-    last_x0, last_h = None, None
+    """DPM-Solver++(2M): x0_hat extrapolated along lambda = log(alpha/sigma) (Lu et al. 2022, alg. 2).
+
+    If the result keeps some noise, a last step of fewer than 15 is of first order, as in the authors' code.
+    """
+    last = None
     for t, s in pairwise(times):
         x0, eps = denoise(x, t)
         yield State(t, x, x0, eps)
-        h = (process.log_snr(s) - process.log_snr(t)) / 2
-        # The last step is infinitely wide in lambda, where only first order is defined: x0_hat itself.
-        ahead = x0 if last_x0 is None or h.isinf() else x0 + h / (2 * last_h) * (x0 - last_x0)
-        x = process.sigma(s) / process.sigma(t) * x - process.alpha(s) * torch.expm1(-h) * ahead
-        last_x0, last_h = x0, h
+        x, last = _exponential_step(process, x, t, s, _ahead(process, x0, last, t, s, times)), State(t, x, x0, eps)
     yield State(times[-1], x, x, eps)
 
 
-def _karras_sigma(process: Process, t: Tensor) -> Tensor:
-    return process.sigma(t) / process.alpha(t)
+def dpmpp_2m_sde(
+    denoise: Callable,
+    x: Float[Tensor, "b ..."],
+    times: Float[Tensor, " n"],
+    process: Process,
+    randn_like: Callable,
+) -> Iterator[State]:
+    """SDE-DPM-Solver++(2M), midpoint: the same, while fresh noise replaces old (Lu et al. 2022, app. on SDEs)."""
+    last = None
+    for t, s in pairwise(times):
+        x0, eps = denoise(x, t)
+        yield State(t, x, x0, eps)
+        ahead, last = _ahead(process, x0, last, t, s, times), State(t, x, x0, eps)
+        h = _lambda(process, s) - _lambda(process, t)
+        x = process.sigma(s) / process.sigma(t) * torch.exp(-h) * x - process.alpha(s) * torch.expm1(-2 * h) * ahead
+        fresh = process.sigma(s) * (-torch.expm1(-2 * h)).sqrt()
+        if fresh > 0:
+            x = x + fresh * randn_like(x)
+    yield State(times[-1], x, x, eps)
 
 
-# Grids: n + 1 times for n steps. ----------------------------------------------------------------------
-
-SIGMA_MIN = 0.005  # Karras' sigma before the last step: less than one of 256 grey levels in [-1, 1]
-SIGMA_MAX = 1000.0  # stands for infinity where a process ends in pure noise
-
-
-def uniform(process: Process, n: int) -> Float[Tensor, " times"]:
-    """Returns `n` equal steps in t, from t_max to 0 (DDIM's and rectified flow's)."""
-    return torch.linspace(process.t_max, 0, n + 1, dtype=torch.float64)
-
-
-def log_snr(process: Process, n: int) -> Float[Tensor, " times"]:
-    """Returns `n - 1` equal steps in log(snr) down to `SIGMA_MIN`, and one to 0 (Lu et al. 2022)."""
-    start, end = torch.log(_sigma_range(process))
-    return _times(process, torch.linspace(start, end, n, dtype=torch.float64).exp())
-
-
-def karras(process: Process, n: int, rho: float = 7.0) -> Float[Tensor, " times"]:
-    """Returns `n - 1` equal steps in sigma**(1/rho) down to `SIGMA_MIN`, one to 0 (Karras et al., eq. 5)."""
-    start, end = _sigma_range(process) ** (1 / rho)
-    return _times(process, torch.linspace(start, end, n, dtype=torch.float64) ** rho)
-
-
-def _sigma_range(process: Process) -> Float[Tensor, "2"]:
-    sigma_max = _karras_sigma(process, torch.tensor(process.t_max, dtype=torch.float64)).clamp(max=SIGMA_MAX)
-    return torch.stack([sigma_max, torch.tensor(SIGMA_MIN, dtype=torch.float64)])
+def unipc(
+    denoise: Callable,
+    x: Float[Tensor, "b ..."],
+    times: Float[Tensor, " n"],
+    process: Process,
+    randn_like: Callable,
+) -> Iterator[State]:
+    """UniPC-2, B(h) = e^h - 1 (Zhao et al. 2023, alg. 5 to 8): DPM-Solver++(2M) predicts where a step ends, and x0_hat
+    as seen there corrects the step before the next one is taken. The last step is of first order.
+    """
+    last = older = None  # what was seen at the last two times, x corrected
+    for t, s in pairwise(times):
+        x0, eps = denoise(x, t)
+        yield State(t, x, x0, eps)
+        if last is not None:
+            x = _exponential_step(process, last.xt, last.t, t, _between(process, older, last, t, x0))
+        ahead = x0 if s == times[-1] else _ahead(process, x0, last, t, s, times)
+        older, last = last, State(t, x, x0, eps)
+        x = _exponential_step(process, x, t, s, ahead)
+    yield State(times[-1], x, x, eps)
 
 
-def _times(process: Process, karras_sigmas: Float[Tensor, " n"]) -> Float[Tensor, " times"]:
-    """Returns the times of these noise levels, with the ends put in exactly: t_max and 0."""
-    inner = process.t_of_log_snr(-2 * torch.log(karras_sigmas))[1:]
-    return torch.cat([inner.new_tensor([process.t_max]), inner, inner.new_tensor([0.0])])
+# What the exponential integrators share. In lambda = log(alpha/sigma), x/sigma is the integral of e^lambda·x0_hat: a
+# step is exact while x0_hat stands still, and its order is that of the guess at how x0_hat moves meanwhile.
+
+
+def _lambda(process: Process, t: Tensor) -> Tensor:
+    return process.log_snr(t) / 2
+
+
+def _exponential_step(process: Process, x: Tensor, t: Tensor, s: Tensor, x0: Tensor) -> Tensor:
+    """Goes from t to s under a constant x0_hat."""
+    h = _lambda(process, s) - _lambda(process, t)
+    return process.sigma(s) / process.sigma(t) * x - process.alpha(s) * torch.expm1(-h) * x0
+
+
+def _ahead(process: Process, x0: Tensor, last: State | None, t: Tensor, s: Tensor, times: Tensor) -> Tensor:
+    """Returns x0_hat half-way to s, on the line through its last two values."""
+    h = _lambda(process, s) - _lambda(process, t)
+    # A step to the data is infinitely wide in lambda, where only first order is defined: x0_hat itself.
+    if last is None or h.isinf() or (s == times[-1] and len(times) <= 15):
+        return x0
+    return x0 + h / (2 * (_lambda(process, t) - _lambda(process, last.t))) * (x0 - last.x0_hat)
+
+
+def _between(process: Process, older: State | None, last: State, t: Tensor, x0: Tensor) -> Tensor:
+    """Returns the mean of x0_hat from last.t to t under the weight e^lambda, on the parabola through all three values.
+
+    With r the share of the step in lambda, the means of r and r² are Zhao et al.'s b_1 and b_2 (eq. 12).
+    """
+    if older is None:
+        return (last.x0_hat + x0) / 2
+    h = _lambda(process, t) - _lambda(process, last.t)
+    r_older = (_lambda(process, older.t) - _lambda(process, last.t)) / h
+    slope, slope_before = x0 - last.x0_hat, (older.x0_hat - last.x0_hat) / r_older
+    bend = (slope - slope_before) / (1 - r_older)
+    mean_r = -1 / torch.expm1(-h) - 1 / h
+    mean_r2 = -1 / torch.expm1(-h) - 2 * mean_r / h
+    return last.x0_hat + mean_r * (slope - bend) + mean_r2 * bend
+
+
+# Runs saved before the grids had a room of their own name them here.
+__all__ = ["SIGMA_MIN", "State", "ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde", "euler", "euler_ancestral", "heun"]
+__all__ += ["karras", "log_snr", "unipc", "uniform"]

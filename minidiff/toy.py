@@ -110,7 +110,7 @@ class ExactNet(nn.Module):
         self.denoise = mixture.denoiser(process)
 
     def forward(self, x: Float[Tensor, "b d"], tau: Float[Tensor, " b"], cond: Cond | None) -> Float[Tensor, "b d"]:
-        t = tau.double() / 999
+        t = self.process.t_of_tau(tau)
         alpha, sigma = self.process.alpha(t).to(x)[:, None], self.process.sigma(t).to(x)[:, None]
         x0, eps = self.denoise(x / self.objective.input_scale(alpha, sigma), t, cond)
         return target(self.objective, x0, eps, alpha, sigma)
