@@ -6,11 +6,17 @@
 OpenCLIP (Cherti et al. 2022) is trained so that a caption's vector lies near its picture's. Stable Diffusion uses the
 tokens, DALL·E 2 the vectors, here both are at hand. The empty caption is the null condition of classifier-free
 guidance.
+
+`TextEncoder` is a whole OpenCLIP model; `Tower` is what a Stable Diffusion folder ships: the text half alone, with a
+tokenizer of its own (`minidiff.interop.text` reads and writes it).
 """
 
 import hashlib
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -153,3 +159,127 @@ def tiny(weights: str | Path | None = None, layer: int = -1) -> TextEncoder:
     """Returns the bundled encoder of the shapes world, or one trained by `python train.py experiment=clip_shapes`."""
     weights = weights or bundled("clip_shapes") / "model.safetensors"
     return TextEncoder(TINY, weights=weights, layer=layer)
+
+
+# ------------------------------------------------------------------------------------------- the text half alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerShape:
+    """The sizes of a text transformer, and its activation."""
+
+    width: int
+    mlp_width: int
+    heads: int
+    layers: int
+    length: int = 77  # tokens of a caption, with start, end and padding
+    vocabulary: int = 49408
+    projection: int | None = None  # width of the caption's vector; None: the end token as it is
+    quick_gelu: bool = False  # x·sigmoid(1.702·x), as in OpenAI's CLIP; OpenCLIP uses the exact GELU
+
+
+class TowerTokenizer:
+    """CLIP's byte-pair encoding over a vocabulary of its own: caption → start, pieces, end, padding.
+
+    A caption is normalised (NFC), lower-cased and cut as transformers' CLIPTokenizer does it. The start, end and
+    padding tokens written out in a caption mean themselves: Stable Diffusion 2 pads with "!", so that an exclamation
+    mark in its prompts is padding, here as in diffusers.
+    """
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+
+    def __init__(
+        self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], *, pad: str, length: int = 77
+    ) -> None:
+        self.vocabulary, self.merges, self.pad, self.length = dict(vocabulary), list(merges), pad, length
+        with _open_clip() as open_clip:
+            self._bpe = open_clip.SimpleTokenizer(context_length=length)
+        # OpenCLIP's machinery runs on these tables; its own vocabulary goes.
+        self._bpe.bpe_ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        self._bpe.decoder = {i: piece for piece, i in self.vocabulary.items()}
+        self._bpe.cache = {}
+        self._special = re.compile("|".join(re.escape(x) for x in (self.start, self.end, pad)))
+
+    def __call__(self, captions: Sequence[str]) -> Int[Tensor, "b l"]:
+        """Returns ids, padded to `length`; longer captions lose their tail but keep the end token."""
+        ids = torch.full((len(captions), self.length), self.vocabulary[self.pad])
+        for row, caption in zip(ids, captions, strict=True):
+            pieces = [self.vocabulary[self.start], *self._pieces(caption)[: self.length - 2], self.vocabulary[self.end]]
+            row[: len(pieces)] = torch.tensor(pieces)
+        return ids
+
+    def lost(self, caption: str) -> str:
+        """Returns the end of the caption that does not fit into the context ("" if all of it does)."""
+        return self._bpe.decode(self._pieces(caption)[self.length - 2 :]).strip()
+
+    def _pieces(self, caption: str) -> list[int]:
+        ids, unknown, at = [], self.vocabulary[self.end], 0
+        for special in [*self._special.finditer(caption), None]:
+            plain = caption[at : special.start()] if special else caption[at:]
+            plain = " ".join(unicodedata.normalize("NFC", plain).split()).lower()
+            for word in self._bpe.pat.findall(plain):
+                spelt = "".join(self._bpe.byte_encoder[byte] for byte in word.encode())
+                ids += [self.vocabulary.get(piece, unknown) for piece in self._bpe.bpe(spelt).split(" ")]
+            if special:
+                ids.append(self.vocabulary[special[0]])
+                at = special.end()
+        return ids
+
+
+class Tower(TextEncoder):
+    """A frozen text transformer with its tokenizer, as Stable Diffusion's folders ship it.
+
+    All `length` positions are tokens, padding too: Stable Diffusion was trained to look at them, so there is no mask.
+    Tokens are the last layer's after the final norm (`last_hidden_state`), and the vector is the end token among them,
+    projected if there is a projection (`text_embeds`, else `pooler_output`). Weights are random until loaded.
+    """
+
+    def __init__(self, shape: TowerShape, tokenizer: TowerTokenizer) -> None:
+        with _open_clip():
+            from open_clip.transformer import QuickGELU, TextTransformer
+
+            clip = TextTransformer(
+                context_length=shape.length,
+                vocab_size=shape.vocabulary,
+                width=shape.width,
+                heads=shape.heads,
+                layers=shape.layers,
+                mlp_ratio=(shape.mlp_width + 0.5) / shape.width,  # it rounds width·mlp_ratio down
+                output_dim=shape.projection,
+                eos_id=tokenizer.vocabulary[tokenizer.end],
+                pool_type="eos",
+                act_layer=QuickGELU if shape.quick_gelu else nn.GELU,
+                output_tokens=True,
+            )
+        self.shape, self.tokenizer = shape, tokenizer
+        self._clip = clip.eval().requires_grad_(False)
+        self._memory, self.device = {}, torch.device("cpu")
+        self.token_dim, self.vector_dim = shape.width, shape.projection or shape.width
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The transformer's tensors, under OpenCLIP's names."""
+        return self._clip.state_dict()
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies tensors under OpenCLIP's names, whatever their float type, and forgets captions encoded before."""
+        load_model(self._clip, weights)
+        self._memory.clear()
+
+    @property
+    def identity(self) -> str:
+        return _fingerprint(self._clip, f"tower-pad-{self.tokenizer.pad}", -1)
+
+    def __call__(self, captions: Sequence[str]) -> Cond:
+        """Returns tokens (b, l, d) and vectors (b, e): float32, on the CPU, l the encoder's context."""
+        missing = [c for c in dict.fromkeys(captions) if c not in self._memory]
+        for i in range(0, len(missing), BATCH):
+            self._encode(missing[i : i + BATCH])
+        tokens, vectors = zip(*(self._memory[c] for c in captions), strict=True)
+        return Cond(tokens=torch.stack(tokens), vector=torch.stack(vectors))
+
+    @torch.no_grad()
+    def _encode(self, captions: Sequence[str]) -> None:
+        vectors, tokens = self._clip(self.tokenizer(captions).to(self.device))
+        for caption, row, vector in zip(captions, tokens.float().cpu(), vectors.float().cpu(), strict=True):
+            self._memory[caption] = (row.clone(), vector.clone())

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import minidiff
-from minidiff import samplers
+from minidiff import grids, samplers
 from minidiff.errors import CheckpointError, InputError
 from minidiff.pipeline import ImageNoise, to_pil, words
+from minidiff.process import Table
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,16 @@ def test_G2_guidance_zero_and_one_are_exact_and_cost_one_network_call(pipe, monk
     assert not torch.allclose(one, zero)
     pipe.sample(["a star"], [3], steps=2, guidance=2.0)
     assert rows[-2:] == [2, 2]
+
+
+@pytest.mark.parametrize("unit_start", [True, False])
+def test_sampling_starts_from_the_noise_that_the_process_asks_for(pipe, monkeypatch, unit_start):
+    table = Table("scaled_linear", 0.00085, 0.012, unit_start=unit_start)
+    monkeypatch.setattr(pipe.denoiser, "process", table)
+    first, *_ = pipe.steps("a star", seed=5, steps=2, grid=grids.trailing, sampler=samplers.ddim)
+    std = 1.0 if unit_start else table.sigma(torch.ones((), dtype=torch.float64)).item()
+    assert std == 1 or std < 0.998
+    torch.testing.assert_close(first.xt, std * ImageNoise([5])(first.xt[None])[0])
 
 
 def test_a_negative_prompt_takes_the_place_of_the_empty_one(pipe):
