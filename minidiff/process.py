@@ -26,6 +26,8 @@ from torch import Tensor
 from minidiff import schedule
 from minidiff.errors import InputError, did_you_mean
 
+SMALLEST_ALPHA = 1e-3  # of the data, below which a table's entries are not sampled or trained from
+
 
 class Process:
     """The interface of a process, and what follows from `alpha` and `sigma` alone."""
@@ -230,6 +232,14 @@ class Table(Process):
         return schedule.alphas_cumprod(betas).clamp(min=self.floor)
 
     @property
+    def t_max(self) -> float:
+        """1 if the table is meant to end in pure noise; else the noisiest entry with so much data left that eps tells
+        x0 from it. squaredcos_cap_v2 has one entry beyond.
+        """
+        enough = self.n if self.zero_terminal_snr else (self.alphas_cumprod > SMALLEST_ALPHA**2).sum().item()
+        return enough / self.n
+
+    @property
     def t_min(self) -> float:
         return 1 / self.n
 
@@ -250,7 +260,8 @@ class Table(Process):
         return torch.ones_like(t) if self.unit_start else self.sigma(t)
 
     def draw(self, u: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        return 1 - torch.floor(u * self.n) / self.n  # the entries only: what the checkpoint was trained on
+        entries = round(self.t_max * self.n)  # and nothing between them: what the checkpoint was trained on
+        return (entries - torch.floor(u * entries)) / self.n
 
     @cached_property
     def _sigmas(self) -> Float[Tensor, " entries"]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minidiff import grids, samplers
+from minidiff.config import build
 from minidiff.denoiser import Denoiser
 from minidiff.errors import InputError
 from minidiff.interop.scheduler import SETTINGS, Scheduler, load_scheduler, save_scheduler
@@ -187,6 +188,31 @@ def test_karras_sigmas(tmp_path, name, objective):
     timesteps = torch.cat([timesteps[:1], timesteps[1::2]]) if name == "HeunDiscreteScheduler" else timesteps
     torch.testing.assert_close(scheduler.process.tau(times[:-1]), timesteps, rtol=0, atol=1e-3)
     assert difference(ours(scheduler), theirs(reference)) < 1e-5
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    "name, settings", [("DDPMScheduler", PLAIN), ("EulerDiscreteScheduler", {}), (DPM, {}), (UNIPC, {})]
+)
+def test_the_cosine_schedule_is_walked_from_its_last_entry(tmp_path, name, settings, objective):
+    more = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": objective, "timestep_spacing": "trailing"}
+    reference = saved(tmp_path, name, **more, **settings)
+    scheduler = load_scheduler(tmp_path)
+    assert scheduler.process.t_max == 0.999 and scheduler.process.draw(torch.zeros(1)) == pytest.approx(0.999)
+    # Float32 shows where x0_hat comes from eps by a division by alpha, 5e-5 here, and that the library's Euler walks in
+    # x/alpha, from 20000 down.
+    rounding = objective == "epsilon" or "Euler" in name
+    assert difference(ours(scheduler), theirs(reference)) < (1e-3 if rounding else 1e-5)
+
+
+def test_a_table_travels_as_json():
+    for betas in ("scaled_linear", [0.01, 0.02, 0.1]):
+        node = {"_target_": "minidiff.process.Table", "betas": betas, "zero_terminal_snr": True}
+        table = build(json.loads(json.dumps(node)))
+        assert table == Table(betas, zero_terminal_snr=True) and hash(table) == hash(
+            Table(betas, zero_terminal_snr=True)
+        )
+        assert table.t_max == 1 and table.n == (1000 if isinstance(betas, str) else 3)
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])

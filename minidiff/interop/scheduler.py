@@ -276,13 +276,13 @@ def _problems(name: str, config: Mapping) -> list[str]:
     ]
     if config.get("use_karras_sigmas"):
         spare = name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
-        needs = {"rescale_betas_zero_snr": False, "final_sigmas_type": "zero"}
+        needs = {"rescale_betas_zero_snr": False, "final_sigmas_type": "zero"}  # Karras' grid goes from sigma to 0
         needs |= {} if spare else {"timestep_spacing": "linspace"}
         for key, value in needs.items():
             if config.get(key, value) != value:
                 problems.append(f"use_karras_sigmas with {key}={config[key]!r} (it takes {value!r})")
-        if name == "DPMSolverMultistepScheduler" and config["beta_schedule"] == "squaredcos_cap_v2":
-            problems.append("use_karras_sigmas with beta_schedule='squaredcos_cap_v2'")
+        if config["beta_schedule"] == "squaredcos_cap_v2" and config["trained_betas"] is None:
+            problems.append("use_karras_sigmas with beta_schedule='squaredcos_cap_v2', whose sigma ends at 20000")
     return problems
 
 
