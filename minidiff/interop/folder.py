@@ -23,8 +23,8 @@ from minidiff.errors import CheckpointError, InputError, MachineError
 Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]  # regular expression, replacement; applied in order
 
 _CONFIG = "config.json"
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_VARIANTS = (_WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.non_ema.safetensors")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+_VARIANTS = (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.non_ema.safetensors")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -34,27 +34,24 @@ def read_config(folder: str | Path, model: str, defaults: Mapping, accepted: Map
     `accepted` lists the values of options that we do not vary. Raises `InputError` that names every other value, and
     `CheckpointError` for a file that is missing or damaged.
     """
-    file = Path(folder) / _CONFIG
-    if not file.is_file():
-        raise _missing(Path(folder), f"it has no {_CONFIG}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(file, str(error)) from error
+    config, file = _read_json(Path(folder)), Path(folder) / _CONFIG
     flaws = []
     if config.get("_class_name", model) != model:
         flaws.append(f"_class_name={config['_class_name']!r} (only {model!r} is read here)")
     for key, values in accepted.items():
         value = config.get(key, values[0])
-        if not all(x in values for x in (value if isinstance(value, list) else [value])):
+        if not all(x in values for x in listed(value)):
             flaws.append(f"{key}={value!r} (only {' or '.join(repr(x) for x in values)})")
     require_supported(flaws, file)
     known = {*defaults, *accepted}
     if unknown := [key for key, x in config.items() if key not in known and key[0] != "_" and x not in (None, False)]:
         warnings.warn(f"{file} has options that minidiff does not know and ignores: {', '.join(unknown)}", stacklevel=3)
     return {**defaults, **config}
+
+
+def read_class(folder: str | Path) -> str | None:
+    """Returns the diffusers class that `config.json` names, if it names one."""
+    return _read_json(Path(folder)).get("_class_name")
 
 
 def require_supported(flaws: Sequence[str], file: Path) -> None:
@@ -96,16 +93,20 @@ def read_file(file: str | Path) -> dict[str, Tensor]:
     return {name: x.to(torch.float32, copy=True) if x.is_floating_point() else x.clone() for name, x in tensors.items()}
 
 
-def write(folder: str | Path, config: Mapping, tensors: Mapping[str, Tensor]) -> None:
-    """Writes `config.json` and the weights, each beside its place and then renamed.
+def write(folder: str | Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping | None = None) -> None:
+    """Writes safetensors `files` (tensors by name, by name of file) and `config.json`.
 
-    Raises `NumericsError` if a tensor is not finite and `MachineError` if the disk refuses.
+    Each is written beside its place and then renamed; the weights carry a checksum in their header. Raises
+    `NumericsError` if a tensor is not finite and `MachineError` if the disk refuses.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / _WEIGHTS, tensors)
-        (folder / _CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+        for name, tensors in files.items():
+            _write_file(folder / name, tensors)
+        if config is not None:
+            (folder / f".tmp-{_CONFIG}").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+            os.replace(folder / f".tmp-{_CONFIG}", folder / _CONFIG)
         for stale in folder.glob("*.safetensors.index.json"):  # of shards that were here before
             stale.unlink()
     except OSError as error:
@@ -113,18 +114,6 @@ def write(folder: str | Path, config: Mapping, tensors: Mapping[str, Tensor]) ->
             "MD-INTEROP-008",
             f"Cannot write the model to {folder}: {error}. Free some disk space, or check the permissions of {folder}.",
         ) from error
-
-
-def write_file(file: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one safetensors file with a checksum in its header, beside its place and then renamed."""
-    file = Path(file)
-    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    try:
-        write_tensors(temporary, tensors, {"format": "pt", "sha256": _checksum(tensors)})
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def translate(name: str, rules: Rules) -> tuple[str, ...]:
@@ -152,13 +141,13 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], rules: Rules, sou
     differences = {
         "missing": [x for x in shapes if x not in tensors],
         "left over": [x for x in tensors if x not in shapes],
-        "of another shape": [f"{x} {[*tensors[x].shape]} (config.json says {[*shapes[x]]})" for x in reshaped],
+        "of another shape": [f"{x} {[*tensors[x].shape]} (not {[*shapes[x]]})" for x in reshaped],
     }
     if found := [f"{len(x)} {kind}: {', '.join(x[:5])}" for kind, x in differences.items() if x]:
         raise CheckpointError(
             "MD-INTEROP-005",
-            f"The weights in {source} are not those that its configuration describes ({'; '.join(found)}). Take both "
-            "files from the same model, and copy or download them again if one is old.",
+            f"The weights in {source} are not those of the model that its configuration describes "
+            f"({'; '.join(found)}). Take all files from the same place, and copy or download them again.",
         )
     fused = {name: _join([tensors[part] for part in parts]) for name, parts in names.items()}
     model.load_state_dict(fused, assign=True)
@@ -179,17 +168,45 @@ def same(values: Iterable) -> object:
     return values[0] if all(x == values[0] for x in values) else values
 
 
+def listed(value: object) -> list:
+    """Returns the values of an option that is one value or a list: the other way round than `same`."""
+    return value if isinstance(value, list) else [value]
+
+
 def damaged(file: Path, why: str) -> CheckpointError:
     return CheckpointError("MD-INTEROP-003", f"{file} is damaged ({why}). Copy or download it again.")
+
+
+def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    try:
+        write_tensors(temporary, tensors, {"format": "pt", "sha256": _checksum(tensors)})
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_json(folder: Path) -> dict:
+    file = folder / _CONFIG
+    if not file.is_file():
+        raise _missing(folder, f"it has no {_CONFIG}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(file, str(error)) from error
+    return config
 
 
 def _weight_files(folder: Path) -> list[Path]:
     if there := [folder / name for name in _VARIANTS if (folder / name).is_file()]:
         return there[:1]
-    if not (index := folder / f"{_WEIGHTS}.index.json").is_file():
+    if not (index := folder / f"{WEIGHTS}.index.json").is_file():
         if pickles := sorted(x for x in folder.glob("*") if x.suffix in _PICKLES):
             raise _pickle(pickles[0])
-        raise _missing(folder, f"it has neither {_WEIGHTS} nor {index.name}")
+        raise _missing(folder, f"it has neither {WEIGHTS} nor {index.name}")
     try:
         shards = {str(x) for x in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -11,7 +11,9 @@ import torch
 
 from minidiff.errors import InputError
 from minidiff.interop.folder import (
+    WEIGHTS,
     Rules,
+    listed,
     load_into,
     named_as_theirs,
     read_config,
@@ -146,7 +148,7 @@ def load_unet(folder: str | Path) -> UNet:
                 mid=config["mid_block_type"] is not None,
                 groups=config["norm_num_groups"],
                 norm_eps=float(config["norm_eps"]),
-                token_dim=same(_listed(config["cross_attention_dim"])),
+                token_dim=same(listed(config["cross_attention_dim"])),
                 vector_dim=None if class_embed is None else config["projection_class_embeddings_input_dim"],
                 vector_layers=_VECTOR_LAYERS.get(class_embed, 1),
                 image_channels=image_channels,
@@ -168,7 +170,7 @@ def save_unet(net: UNet, folder: str | Path, sample_size: int | None = None) -> 
     `sample_size` (height of the map in positions) is what diffusers' pipelines take as the default size. Raises
     `InputError` for a network that the format cannot express.
     """
-    write(folder, describe(net, sample_size), named_as_theirs(net.state_dict(), RULES))
+    write(folder, {WEIGHTS: named_as_theirs(net.state_dict(), RULES)}, describe(net, sample_size))
 
 
 def describe(net: UNet, sample_size: int | None = None) -> dict:
@@ -234,15 +236,11 @@ def _flaws(config: Mapping) -> list[str]:
     rules = {
         f"up_block_types={up} (only the mirror image of down_block_types={down})": mirrored == down,
         f"transformer_layers_per_block={depth} (only one number per level)": _numbers(depth),
-        f"cross_attention_dim={width} (only one width for all levels)": isinstance(same(_listed(width)), int),
+        f"cross_attention_dim={width} (only one width for all levels)": isinstance(same(listed(width)), int),
         f"norm_num_groups={groups} (only a number)": isinstance(groups, int),
     }
     return [flaw for flaw, holds in rules.items() if not holds]
 
 
-def _listed(value: object) -> list:
-    return value if isinstance(value, list) else [value]
-
-
 def _numbers(value: object) -> bool:
-    return all(isinstance(x, int) for x in _listed(value))
+    return all(isinstance(x, int) for x in listed(value))
