@@ -1,6 +1,7 @@
 """The ecosystem's files ⇄ our models, without importing diffusers: same weights, same numbers, other names."""
 
+from minidiff.interop.lora import load_lora, save_lora
 from minidiff.interop.unet import load_unet, save_unet
 from minidiff.interop.vae import load_tiny_vae, load_vae, save_vae
 
-__all__ = ["load_tiny_vae", "load_unet", "load_vae", "save_unet", "save_vae"]
+__all__ = ["load_lora", "load_tiny_vae", "load_unet", "load_vae", "save_lora", "save_unet", "save_vae"]

@@ -93,8 +93,13 @@ def read_file(file: str | Path) -> dict[str, Tensor]:
     return {name: x.to(torch.float32, copy=True) if x.is_floating_point() else x.clone() for name, x in tensors.items()}
 
 
-def write(folder: str | Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping | None = None) -> None:
-    """Writes safetensors `files` (tensors by name, by name of file) and `config.json`.
+def write(
+    folder: str | Path,
+    files: Mapping[str, Mapping[str, Tensor]],
+    config: Mapping | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes safetensors `files` (tensors by name, by name of file, `metadata` in their headers) and `config.json`.
 
     Each is written beside its place and then renamed; the weights carry a checksum in their header. Raises
     `NumericsError` if a tensor is not finite and `MachineError` if the disk refuses.
@@ -103,7 +108,7 @@ def write(folder: str | Path, files: Mapping[str, Mapping[str, Tensor]], config:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, tensors in files.items():
-            _write_file(folder / name, tensors)
+            _write_file(folder / name, tensors, metadata or {})
         if config is not None:
             (folder / f".tmp-{_CONFIG}").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
             os.replace(folder / f".tmp-{_CONFIG}", folder / _CONFIG)
@@ -177,11 +182,11 @@ def damaged(file: Path, why: str) -> CheckpointError:
     return CheckpointError("MD-INTEROP-003", f"{file} is damaged ({why}). Copy or download it again.")
 
 
-def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     try:
-        write_tensors(temporary, tensors, {"format": "pt", "sha256": _checksum(tensors)})
+        write_tensors(temporary, tensors, {"format": "pt", "sha256": _checksum(tensors), **metadata})
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
