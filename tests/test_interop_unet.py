@@ -13,8 +13,8 @@ import minidiff
 from minidiff.cond import Cond
 from minidiff.errors import CheckpointError, InputError
 from minidiff.interop import load_unet, save_unet
-from minidiff.interop.folder import translate
-from minidiff.interop.unet import RULES, describe
+from minidiff.interop.folder import named_as_theirs, translate
+from minidiff.interop.unet import DEFAULTS, RULES, build, describe
 from minidiff.nn.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -106,6 +106,32 @@ def test_outputs_and_gradients_are_those_of_diffusers(name, tmp_path, record_pro
     ]
     record_property("relative error of gradients", max(errors))
     assert not gradients and max(errors) < 1e-4
+
+
+REAL = {
+    "Stable Diffusion 1.5": ({"cross_attention_dim": 768}, 859_520_964),
+    "its inpainting": ({"cross_attention_dim": 768, "in_channels": 9}, 859_535_364),
+    "Stable Diffusion 2.1": (
+        {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+        865_910_724,
+    ),
+    "2.1 unCLIP": (
+        {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+        | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_checkpoints_have_our_tensors(name):
+    """At full size, without memory for the numbers: names and shapes."""
+    changes, parameters = REAL[name]
+    with torch.device("meta"):
+        theirs, ours = UNet2DConditionModel(**changes).state_dict(), build(DEFAULTS | changes)
+    named = named_as_theirs(ours.state_dict(), RULES)
+    assert {x: y.shape for x, y in named.items()} == {x: y.shape for x, y in theirs.items()}
+    assert parameters in (None, sum(x.numel() for x in ours.parameters()))
 
 
 def test_masked_tokens_are_those_of_diffusers(tmp_path):

@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from minidiff.errors import CheckpointError, InputError
 from minidiff.interop import load_tiny_vae, load_vae, save_vae
+from minidiff.interop.folder import named_as_theirs
+from minidiff.interop.vae import RULES
 from minidiff.nn.tiny_vae import TinyVAE
+from minidiff.nn.vae import VAE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real data, where it exists
@@ -78,6 +81,17 @@ def test_encodes_and_decodes_as_diffusers_and_round_trips(name, tmp_path, record
     assert ours_now == theirs_then
     twice, once = load_vae(tmp_path / "ours").state_dict(), ours.state_dict()
     assert all(torch.equal(twice[x], once[x]) for x in once)
+
+
+def test_the_vae_of_stable_diffusion_has_our_tensors():
+    """At full size, without memory for the numbers: names and shapes."""
+    levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    with torch.device("meta"):
+        theirs = AutoencoderKL(block_out_channels=[128, 256, 512, 512], layers_per_block=2, **levels).state_dict()
+        ours = VAE()
+    named = named_as_theirs(ours.state_dict(), RULES)
+    assert {x: y.shape for x, y in named.items()} == {x: y.shape for x, y in theirs.items()}
+    assert sum(x.numel() for x in ours.parameters()) == 83_653_863
 
 
 def test_gradients_are_those_of_diffusers(tmp_path):
@@ -223,3 +237,14 @@ def test_a_file_without_an_autoencoder_is_refused(tmp_path):
     (tmp_path / "x.ckpt").write_bytes(buffer.getvalue())
     with pytest.raises(CheckpointError, match="MD-INTEROP-002.*x.ckpt"):
         load_vae(tmp_path / "x.ckpt")
+
+
+def test_a_tiny_configuration_without_sense_is_refused(tmp_path):
+    foreign(AutoencoderTiny, TINY, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_encoder_blocks": 3}))
+    with pytest.raises(InputError, match="MD-INTEROP-013"):
+        load_vae(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"decoder_block_out_channels": [16, 16, 16, 32]}))
+    with pytest.raises(InputError, match="MD-INTEROP-004.*only one width"):
+        load_vae(tmp_path)

@@ -109,11 +109,10 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
         for name, tensors in files.items():
             _write_file(folder / name, tensors, metadata or {})
+            (folder / f"{name}.index.json").unlink(missing_ok=True)  # of shards that were here before
         if config is not None:
             (folder / f".tmp-{_CONFIG}").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
             os.replace(folder / f".tmp-{_CONFIG}", folder / _CONFIG)
-        for stale in folder.glob("*.safetensors.index.json"):  # of shards that were here before
-            stale.unlink()
     except OSError as error:
         raise MachineError(
             "MD-INTEROP-008",

@@ -122,17 +122,18 @@ def _peft_config(file: Path) -> dict:
     if config.get("use_rslora"):
         raise InputError(
             "MD-INTEROP-012",
-            f"{file} was trained with use_rslora=true, which divides alpha by the root of the rank (Kalajdzievski 2023); "
-            "minidiff reads ordinary LoRA only. Merge it into its base model with peft, and load that.",
+            f"{file} was trained with use_rslora=true, which divides alpha by the root of the rank "
+            "(Kalajdzievski 2023); minidiff reads ordinary LoRA only. Merge it into its base model with peft, and load "
+            "that.",
         )
     return config
 
 
 def _alpha(config: Mapping, module: str) -> float | None:
-    """Returns the alpha of a module in a configuration of peft, where a pattern is the end of a name; None: the rank."""
-    patterns = config.get("alpha_pattern") or {}
-    matching = [x for pattern, x in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
-    value = matching[0] if matching else config.get("lora_alpha")
+    """Returns the alpha that peft's configuration gives a module, by its name or the end of it; None: the rank."""
+    patterns = {pattern.lstrip("^"): x for pattern, x in (config.get("alpha_pattern") or {}).items()}
+    named = [x for pattern, x in patterns.items() if f".{module}".endswith(f".{pattern}")]
+    value = named[0] if named else config.get("lora_alpha")
     return None if value is None else float(value)
 
 
@@ -165,6 +166,7 @@ def _require_whole(
     if flaws or not found:
         raise CheckpointError(
             "MD-INTEROP-011",
-            f"{file} is not a LoRA for this UNet ({'; '.join(flaws) or 'it holds none'}). It was made for "
-            "another base model (Stable Diffusion 1, 2 and XL differ), or is another kind of adapter (DoRA, LoKr, LoHa). Use the base model that its page names.",
+            f"{file} is not a LoRA for this UNet ({'; '.join(flaws) or 'it holds none'}). It was made for another base "
+            "model (Stable Diffusion 1, 2 and XL differ), or is another kind of adapter (DoRA, LoKr, LoHa). Use the "
+            "base model that its page names.",
         )

@@ -125,43 +125,48 @@ _VECTOR_LAYERS = {"simple_projection": 1, "projection": 2}
 def load_unet(folder: str | Path) -> UNet:
     """Returns the UNet of a folder in the layout of diffusers' `UNet2DConditionModel`, in float32, on the CPU.
 
-    Where it reads more channels than it answers (inpainting), the rest is `cond.image`, as many as `out_channels`
-    are x. Raises `InputError` that names what we cannot build, and `CheckpointError` for files that are missing,
+    Where it reads more channels than it answers (inpainting), the first `out_channels` are x and the others are
+    `cond.image`. Raises `InputError` that names what we cannot build, and `CheckpointError` for files that are missing,
     damaged, pickles, or another model's.
     """
     config = read_config(folder, "UNet2DConditionModel", DEFAULTS, ACCEPTED)
     file = Path(folder) / "config.json"
     require_supported(_flaws(config), file)
-    image_channels = max(0, config["in_channels"] - config["out_channels"])
-    class_embed = config["class_embed_type"]
     try:
         with torch.device("meta"):  # no time for numbers that are replaced at once
-            net = UNet(
-                in_channels=config["in_channels"] - image_channels,
-                out_channels=config["out_channels"],
-                channels=config["block_out_channels"],
-                layers=config["layers_per_block"],
-                attend=[x == "CrossAttnDownBlock2D" for x in config["down_block_types"]],
-                heads=config["attention_head_dim"],  # the name is historical: these are numbers of heads
-                depth=config["transformer_layers_per_block"],
-                linear_projection=config["use_linear_projection"],
-                mid=config["mid_block_type"] is not None,
-                groups=config["norm_num_groups"],
-                norm_eps=float(config["norm_eps"]),
-                token_dim=same(listed(config["cross_attention_dim"])),
-                vector_dim=None if class_embed is None else config["projection_class_embeddings_input_dim"],
-                vector_layers=_VECTOR_LAYERS.get(class_embed, 1),
-                image_channels=image_channels,
-                scale_shift=config["resnet_time_scale_shift"] == "scale_shift",
-                cos_first=config["flip_sin_to_cos"],
-                freq_shift=float(config["freq_shift"]),
-            )
+            net = build(config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise InputError(
             "MD-INTEROP-007", f"{file} does not describe a UNet ({error}). Take it from the same place as the weights."
         ) from error
     load_into(net, read_weights(folder), RULES, folder)
     return net
+
+
+def build(config: Mapping) -> UNet:
+    """Returns a new UNet with the numbers of a complete configuration (`DEFAULTS` and what differs)."""
+    image_channels = max(0, config["in_channels"] - config["out_channels"])
+    class_embed = config["class_embed_type"]
+    return UNet(
+        in_channels=config["in_channels"] - image_channels,
+        out_channels=config["out_channels"],
+        channels=config["block_out_channels"],
+        layers=config["layers_per_block"],
+        attend=[x == "CrossAttnDownBlock2D" for x in config["down_block_types"]],
+        heads=config["attention_head_dim"],  # the name is historical: these are numbers of heads
+        depth=config["transformer_layers_per_block"],
+        linear_projection=config["use_linear_projection"],
+        mid=config["mid_block_type"] is not None,
+        groups=config["norm_num_groups"],
+        norm_eps=float(config["norm_eps"]),
+        token_dim=same(listed(config["cross_attention_dim"])),
+        vector_dim=None if class_embed is None else config["projection_class_embeddings_input_dim"],
+        vector_layers=_VECTOR_LAYERS.get(class_embed, 1),
+        image_channels=image_channels,
+        scale_shift=config["resnet_time_scale_shift"] == "scale_shift",
+        cos_first=config["flip_sin_to_cos"],
+        freq_shift=float(config["freq_shift"]),
+    )
 
 
 def save_unet(net: UNet, folder: str | Path, sample_size: int | None = None) -> None:
