@@ -86,8 +86,11 @@ def read_file(file: str | Path) -> dict[str, Tensor]:
     file = Path(file)
     if file.suffix in _PICKLES:
         raise _pickle(file)
-    tensors = read_tensors(file)
-    expected = read_metadata(file).get("sha256")
+    try:
+        tensors = read_tensors(file)
+        expected = read_metadata(file).get("sha256")
+    except OSError as error:
+        raise damaged(file, f"it cannot be read: {error}") from error
     if expected is not None and expected != _checksum(tensors):
         raise damaged(file, "its tensors do not have the sha256 they were written with")
     return {name: x.to(torch.float32, copy=True) if x.is_floating_point() else x.clone() for name, x in tensors.items()}

@@ -21,7 +21,7 @@ def sinusoidal(
     DDPM puts the sines first and has `freq_shift` 1, Stable Diffusion neither; an odd `dim` ends in a zero.
     """
     half = dim // 2
-    # In this order of operations: at tau = 999, another rounding of a frequency is already visible in the sines.
+    # In diffusers' order of operations: near tau = 999, another rounding of a frequency shows in the fifth digit.
     exponent = -math.log(10_000) * torch.arange(half, device=tau.device, dtype=torch.float32) / (half - freq_shift)
     angle = tau.float()[:, None] * exponent.exp()
     waves = [angle.cos(), angle.sin()] if cos_first else [angle.sin(), angle.cos()]

@@ -18,6 +18,9 @@ from minidiff.errors import InputError
 from minidiff.nn.attention import CrossAttention, SelfAttention
 
 
+_PARTS = {"qkv": 3, "q": 1, "kv": 2, "out": 1}  # matrices in the layers of an attention
+
+
 class LowRank(nn.Module):
     """The change of one matrix. Where a layer holds several, one below the other (q, k, v), it is number `part`."""
 
@@ -64,7 +67,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.changes = nn.ModuleList(changes)
         self._base: dict[str, Tensor] = {}  # weights before merging; empty while not merged
-        self._versions: dict[str, int] = {}  # PyTorch's count of the changes made to each merged weight
+        self._merged: dict[str, int] = {}  # hashes of the weights after merging
 
     @contextmanager
     def attached(self, net: nn.Module, scale: float = 1.0) -> Iterator[None]:
@@ -89,8 +92,8 @@ class LoRA(nn.Module):
             weight = net.get_submodule(change.layer).weight
             if change.layer not in self._base:
                 self._base[change.layer] = weight.detach().clone()
-            weight[change.rows()] += scale * change.delta().view_as(weight[change.rows()])
-        self._versions = {name: net.get_submodule(name).weight._version for name in self._base}
+            weight[change.rows()] += scale * change.delta().view_as(weight[change.rows()]).to(weight)
+        self._merged = {name: _hash(net.get_submodule(name).weight) for name in self._base}
 
     @torch.no_grad()
     def unmerge(self, net: nn.Module) -> None:
@@ -99,7 +102,7 @@ class LoRA(nn.Module):
         Raises `InputError` if the adapter is not merged or if something else changed the weights since.
         """
         weights = {name: net.get_submodule(name).weight for name in self._base}
-        if not weights or any(x._version != self._versions[name] for name, x in weights.items()):
+        if not weights or any(_hash(x) != self._merged[name] for name, x in weights.items()):
             raise InputError(
                 "MD-LORA-002",
                 "This LoRA cannot be unmerged: it is not merged, or the weights were changed since, and going back "
@@ -108,23 +111,25 @@ class LoRA(nn.Module):
             )
         for name, weight in weights.items():
             weight.copy_(self._base[name])
-        self._base, self._versions = {}, {}
+        self._base, self._merged = {}, {}
 
 
 def fresh(net: nn.Module, rank: int, alpha: float | None = None) -> LoRA:
     """Returns an adapter for all attention projections of `net` that changes nothing yet (up is zero, as in §4.1)."""
     changes = []
-    for name, module in net.named_modules():
-        if isinstance(module, SelfAttention | CrossAttention):
-            for layer, parts in (("qkv", 3), ("q", 1), ("kv", 2), ("out", 1)):
-                if hasattr(module, layer):
-                    weight = getattr(module, layer).weight
-                    for part in range(parts):
-                        down = torch.randn(rank, weight.shape[1], device=weight.device) / rank
-                        up = torch.zeros(len(weight) // parts, rank, device=weight.device)
-                        place = f"{name}.{layer}"
-                        changes.append(LowRank(down, up, layer=place, part=part, parts=parts, alpha=alpha))
+    for name, attention in net.named_modules():
+        if isinstance(attention, SelfAttention | CrossAttention):
+            for child, layer in attention.named_children():
+                for part in range(parts := _PARTS[child]):
+                    down = torch.randn(rank, layer.in_features, device=layer.weight.device) / rank
+                    up = torch.zeros(layer.out_features // parts, rank, device=layer.weight.device)
+                    place = {"layer": f"{name}.{child}", "part": part, "parts": parts}
+                    changes.append(LowRank(down, up, alpha=alpha, **place))
     return LoRA(changes)
+
+
+def _hash(weight: Tensor) -> int:
+    return int(torch.hash_tensor(weight.detach()))
 
 
 @contextmanager
