@@ -189,6 +189,12 @@ def test_diffusers_computes_what_our_own_networks_compute(numbers, tmp_path):
     assert torch.equal(load_unet(tmp_path)(x, tau, cond), answer)
 
 
+def test_names_are_those_of_the_network_within_wrappers(good):
+    net = load_unet(good)
+    plain, wrapped = (named_as_theirs(x.state_dict(), RULES) for x in (net, torch.compile(net)))  # compiles nothing yet
+    assert wrapped.keys() == plain.keys()
+
+
 def test_head_dim_is_the_number_of_channels_per_head():
     net = UNet(in_channels=3, out_channels=3, channels=[16, 32], layers=1, attend=[True, True], head_dim=8, groups=4)
     assert describe(net)["attention_head_dim"] == [2, 4]

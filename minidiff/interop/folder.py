@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minidiff.checkpoint import read_metadata, read_tensors, write_tensors
 from minidiff.errors import CheckpointError, InputError, MachineError
+from minidiff.state import plain_name
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]  # regular expression, replacement; applied in order
 
@@ -164,7 +165,7 @@ def named_as_theirs(tensors: Mapping[str, Tensor], rules: Rules) -> dict[str, Te
     """Returns our tensors under the ecosystem's names, fused ones taken apart."""
     theirs = {}
     for name, x in tensors.items():
-        parts = translate(name, rules)
+        parts = translate(plain_name(name), rules)  # torch.compile puts its own word before the names
         theirs |= dict(zip(parts, x.chunk(len(parts)), strict=True))
     return theirs
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from minidiff.errors import InputError
 from minidiff.nn.attention import CrossAttention, SelfAttention
 
-
 _PARTS = {"qkv": 3, "q": 1, "kv": 2, "out": 1}  # matrices in the layers of an attention
 
 
@@ -129,7 +128,7 @@ def fresh(net: nn.Module, rank: int, alpha: float | None = None) -> LoRA:
 
 
 def _hash(weight: Tensor) -> int:
-    return int(torch.hash_tensor(weight.detach()))
+    return int(torch.hash_tensor(weight.detach()).view(torch.int64))
 
 
 @contextmanager
