@@ -109,8 +109,11 @@ def remove_leftovers(folder: str | Path) -> None:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_tensors(file: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one safetensors file and fsyncs it. Raises `NumericsError` if a tensor is not finite."""
+def write_tensors(file: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes one safetensors file and fsyncs it; `metadata` goes into its header.
+
+    Raises `NumericsError` if a tensor is not finite.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -127,7 +130,7 @@ def write_tensors(file: str | Path, tensors: Mapping[str, Tensor]) -> None:
             f"are still good; resume from the last one with a lower optim.lr or with precision=fp32.",
         )
     try:
-        save_file(tensors, file)
+        save_file(tensors, file, None if metadata is None else dict(metadata))
     except SafetensorError as error:
         raise OSError(str(error)) from error
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors writes 0600, which a group's other members cannot read
@@ -253,6 +256,14 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
             f"or black images. Use an earlier checkpoint.",
         )
     return tensors
+
+
+def read_metadata(file: str | Path) -> dict[str, str]:
+    """Returns the plain texts in the header of a safetensors file that `read_tensors` has accepted."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as f:
+        return f.metadata() or {}
 
 
 def _read_manifest(checkpoint: Path) -> dict:

@@ -66,12 +66,13 @@ def test_rows_of_a_batch_do_not_mix():
     torch.testing.assert_close(net(X, TAU, cond)[1:], net(X[1:], TAU[1:], cond[1:]), rtol=1e-4, atol=1e-5)
 
 
-def test_A4_a_size_that_cannot_be_halved_is_refused_in_words():
-    with pytest.raises(InputError, match="multiples of 2"):
-        tiny()(torch.randn(2, 3, 7, 8), TAU, condition())
+def test_odd_sizes_come_back_as_they_were():
+    """Halving rounds up; the way up takes its sizes from the skips."""
+    net, x = tiny(channels=[8, 8, 16], attend=[False, False, True]), torch.randn(2, 3, 7, 9)
+    assert net(x, TAU, condition()).shape == x.shape
 
 
-@pytest.mark.parametrize("wrong", [{"attend": [True]}, {"groups": 5}, {"heads": 3}])
+@pytest.mark.parametrize("wrong", [{"attend": [True]}, {"groups": 5}, {"heads": 3}, {"depth": [1]}, {"head_dim": 5}])
 def test_numbers_that_do_not_fit_are_refused(wrong):
     with pytest.raises(InputError, match="net\\."):
         tiny(**wrong)

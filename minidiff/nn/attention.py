@@ -78,18 +78,53 @@ class FeedForward(nn.Module):
         return self.out(value * F.gelu(gate))
 
 
-class SpatialTransformer(nn.Module):
-    """A transformer block over the positions of a feature map, added to the map."""
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each normalised before and added after."""
 
-    def __init__(self, channels: int, heads: int, token_dim: int, groups: int) -> None:
+    def __init__(self, dim: int, heads: int, token_dim: int) -> None:
         super().__init__()
+        self._add_layer(dim, heads, token_dim)
+
+    def _add_layer(self, dim: int, heads: int, token_dim: int) -> None:
+        self.norm_self, self.norm_cross, self.norm_ff = (nn.LayerNorm(dim) for _ in range(3))
+        self.self_attention = SelfAttention(dim, heads)
+        self.cross_attention = CrossAttention(dim, heads, token_dim)
+        self.feed_forward = FeedForward(dim)
+
+    def forward(
+        self, h: Float[Tensor, "b n d"], tokens: Float[Tensor, "b l e"], mask: Bool[Tensor, "b l"] | None
+    ) -> Float[Tensor, "b n d"]:
+        h = h + self.self_attention(self.norm_self(h))
+        h = h + self.cross_attention(self.norm_cross(h), tokens, mask)
+        return h + self.feed_forward(self.norm_ff(h))
+
+
+class Pointwise(nn.Conv2d):
+    """A linear layer that keeps its weight as a 1×1 convolution (o, i, 1, 1), as Stable Diffusion 1 does."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, 1)
+
+    def forward(self, x: Float[Tensor, "b n i"]) -> Float[Tensor, "b n o"]:
+        return F.linear(x, self.weight[:, :, 0, 0], self.bias)
+
+
+class SpatialTransformer(TransformerLayer):
+    """A transformer over the positions of a feature map, added to the map.
+
+    It is its own first layer and keeps further ones in `deeper`: `depth` adds names of weights and changes none.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, token_dim: int, groups: int, depth: int = 1, linear_projection: bool = True
+    ) -> None:
+        nn.Module.__init__(self)
+        project = nn.Linear if linear_projection else Pointwise
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels)
-        self.norm_self, self.norm_cross, self.norm_ff = (nn.LayerNorm(channels) for _ in range(3))
-        self.self_attention = SelfAttention(channels, heads)
-        self.cross_attention = CrossAttention(channels, heads, token_dim)
-        self.feed_forward = FeedForward(channels)
-        self.proj_out = nn.Linear(channels, channels)
+        self.proj_in = project(channels, channels)
+        self._add_layer(channels, heads, token_dim)
+        self.deeper = nn.ModuleList(TransformerLayer(channels, heads, token_dim) for _ in range(depth - 1))
+        self.proj_out = project(channels, channels)
         nn.init.zeros_(self.proj_out.weight)  # the block starts as the identity
         nn.init.zeros_(self.proj_out.bias)
 
@@ -97,7 +132,7 @@ class SpatialTransformer(nn.Module):
         self, x: Float[Tensor, "b c h w"], tokens: Float[Tensor, "b l e"], mask: Bool[Tensor, "b l"] | None
     ) -> Float[Tensor, "b c h w"]:
         h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
-        h = h + self.self_attention(self.norm_self(h))
-        h = h + self.cross_attention(self.norm_cross(h), tokens, mask)
-        h = h + self.feed_forward(self.norm_ff(h))
+        h = super().forward(h, tokens, mask)
+        for layer in self.deeper:
+            h = layer(h, tokens, mask)
         return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])

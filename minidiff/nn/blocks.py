@@ -1,5 +1,7 @@
 """The convolutional blocks of the UNet: residual blocks that hear the time, and the two changes of resolution."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -14,13 +16,15 @@ class ResBlock(nn.Module):
     eq. 4).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int, scale_shift: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, time_dim: int, groups: int, scale_shift: bool, norm_eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.norm1 = nn.GroupNorm(groups, in_channels, norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, norm_eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         nn.init.zeros_(self.conv2.weight)  # the block starts as its skip
@@ -58,7 +62,7 @@ class Block(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution by a strided convolution."""
+    """Halves the resolution by a strided convolution; odd sizes are rounded up."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -69,14 +73,17 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution by repeating pixels, then a convolution (no checkerboards: Odena et al. 2016)."""
+    """Doubles the resolution by repeating pixels, then a convolution (no checkerboards: Odena et al. 2016).
+
+    `size` (height, width) is that of the map which was halved: twice as large, or one less where it was odd.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Float[Tensor, "b c h w"], size: Sequence[int]) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(F.interpolate(x, size, mode="nearest"))
 
 
 class Level(nn.Module):

@@ -1,6 +1,6 @@
 """Embeddings of numbers: how the network is told the time, the place, and a vector such as a pooled text embedding.
 
-    emb(tau) = [cos(tau·f_0) … cos(tau·f_k), sin(tau·f_0) … sin(tau·f_k)],   f_i = 10000^(−i/k)
+    emb(tau) = [cos(tau·f_0) … cos(tau·f_k), sin(tau·f_0) … sin(tau·f_k)],   f_i = 10000^(−i/(k − shift))
 
 tau is time in DDPM's units, 0 … 999 with fractions allowed (Vaswani et al. 2017 §3.5; Ho et al. 2020 appendix B).
 """
@@ -8,16 +8,24 @@ tau is time in DDPM's units, 0 … 999 with fractions allowed (Vaswani et al. 20
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def sinusoidal(tau: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
-    """Returns cosines then sines of `tau` at `dim / 2` frequencies from 1 to 1/10000, in float32."""
+def sinusoidal(
+    tau: Float[Tensor, " b"], dim: int, cos_first: bool = True, freq_shift: float = 0.0
+) -> Float[Tensor, "b dim"]:
+    """Returns cosines and sines of `tau` at `dim // 2` frequencies from 1 down to 1/10000, in float32.
+
+    DDPM puts the sines first and has `freq_shift` 1, Stable Diffusion neither; an odd `dim` ends in a zero.
+    """
     half = dim // 2
-    frequency = torch.exp(-math.log(10_000) / half * torch.arange(half, device=tau.device, dtype=torch.float32))
-    angle = tau.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    # In diffusers' order of operations: near tau = 999, another rounding of a frequency shows in the fifth digit.
+    exponent = -math.log(10_000) * torch.arange(half, device=tau.device, dtype=torch.float32) / (half - freq_shift)
+    angle = tau.float()[:, None] * exponent.exp()
+    waves = [angle.cos(), angle.sin()] if cos_first else [angle.sin(), angle.cos()]
+    return F.pad(torch.cat(waves, dim=1), (0, dim % 2))
 
 
 def grid_embedding(height: int, width: int, channels: int, device: torch.device) -> Float[Tensor, "c h w"]:
@@ -37,14 +45,31 @@ def grid_embedding(height: int, width: int, channels: int, device: torch.device)
 
 
 class TimeEmbedding(nn.Module):
-    """Time, and a condition vector if there is one, as one embedding that every ResBlock receives."""
+    """Time, and a condition vector if there is one, as one embedding that every ResBlock receives.
 
-    def __init__(self, channels: int, dim: int, vector_dim: int | None) -> None:
+    The vector passes one linear layer, or two like the time (`vector_layers`).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        dim: int,
+        vector_dim: int | None,
+        vector_layers: int = 1,
+        cos_first: bool = True,
+        freq_shift: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.channels = channels  # of the sinusoidal embedding
+        self.channels, self.cos_first, self.freq_shift = channels, cos_first, freq_shift  # of the sinusoidal embedding
         self.mlp = nn.Sequential(nn.Linear(channels, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.vector = None if vector_dim is None else nn.Linear(vector_dim, dim)
+        if vector_dim is None:
+            self.vector = None
+        elif vector_layers == 1:
+            self.vector = nn.Linear(vector_dim, dim)
+        else:
+            self.vector = nn.Sequential(nn.Linear(vector_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, tau: Float[Tensor, " b"], vector: Float[Tensor, "b v"] | None) -> Float[Tensor, "b d"]:
-        emb = self.mlp(sinusoidal(tau, self.channels).to(self.mlp[0].weight.dtype))
+        waves = sinusoidal(tau, self.channels, self.cos_first, self.freq_shift)
+        emb = self.mlp(waves.to(self.mlp[0].weight.dtype))
         return emb if self.vector is None else emb + self.vector(vector)
