@@ -28,10 +28,14 @@ def make_adamw(model: nn.Module, lr: float, betas: Sequence[float], weight_decay
 
 
 def make_muon(model: nn.Module, lr: float, betas: Sequence[float], weight_decay: float) -> Optimizer:
-    """Returns Muon for the matrices and kernels of a model; biases and norms are left to AdamW."""
+    """Returns Muon for the matrices and kernels of a model; biases, norms and tables of embeddings are left to AdamW.
+
+    The rows of a table (one a word, one a place) are no directions of one map, but vectors of their own.
+    """
+    matrices = {name for name, p in model.named_parameters() if p.ndim > 1 and "embedding" not in name}
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "matrices": True},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "matrices": False},
+        {"params": [p for name, p in model.named_parameters() if name in matrices], "matrices": True},
+        {"params": [p for name, p in model.named_parameters() if name not in matrices], "matrices": False},
     ]
     return Muon(groups, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
 

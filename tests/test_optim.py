@@ -55,6 +55,13 @@ def test_vectors_move_as_under_adamw():
         assert torch.equal(p, q) == (p.ndim == 1), name
 
 
+def test_tables_of_embeddings_are_left_to_adamw():
+    model = nn.ModuleDict({"token_embedding": nn.Embedding(7, 4), "proj": nn.Linear(4, 4)})
+    groups = make_muon(model, **OPTIONS).param_groups
+    matrices = {id(p) for group in groups if group["matrices"] for p in group["params"]}
+    assert matrices == {id(model["proj"].weight)}
+
+
 def test_muon_goes_on_bitwise_after_a_checkpoint():
     model = small_model()
     optimizer = make_muon(model, **OPTIONS)

@@ -28,8 +28,8 @@ PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom lef
 
 # Every shape fits its circle of radius r and touches it. Large things sit nearer the centre, to stay inside the
 # picture.
-RADIUS = {"small": 0.28, "large": 0.46}
-OFFSET = {"small": 0.58, "large": 0.38}
+RADIUS = {"small": 0.32, "large": 0.50}
+OFFSET = {"small": 0.54, "large": 0.35}
 
 
 @dataclass(frozen=True)
