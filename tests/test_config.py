@@ -113,6 +113,9 @@ def test_the_top_level_keys_are_frozen():
             "workers",
             "resume",
             "debug",
+            "allow_change",
+            "init",
+            "max_bad",
         ),
         *(
             "task",

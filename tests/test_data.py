@@ -120,8 +120,8 @@ def test_B1_B2_unreadable_images_give_way_to_the_next_row_and_are_named():
     broken = datasets.Dataset.from_dict({"image": images, "captions": good["captions"]})
     broken = broken.cast_column("image", datasets.Image(decode=False))
     samples = data.CaptionedImages(broken, "image", "captions", image_size=8, shuffle=False)
-    image, caption, _, skipped = samples[1]
-    assert caption == "3 a" and image[0, 0, 0] == 3
+    image, caption, _, skipped, row = samples[1]
+    assert caption == "3 a" and image[0, 0, 0] == 3 and row == 3
     assert [text.split(":")[0] for text in skipped] == ["row 1", "row 2"]
     assert data.collate([samples[i] for i in range(4)]).skipped[0].startswith("row 1")
 
@@ -132,7 +132,7 @@ def test_B3_a_source_without_a_single_image_stops_in_words():
     samples = data.CaptionedImages(
         table.cast_column("image", datasets.Image(decode=False)), "image", "captions", image_size=8
     )
-    with pytest.raises(DataError, match="None of the 3 images"):
+    with pytest.raises(DataError, match="None of 3 rows in succession"):
         samples[0]
 
 

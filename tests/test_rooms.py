@@ -11,10 +11,10 @@ ROOMS = sorted((ROOT / "minidiff").rglob("*.py"))
 SCRIPTS = [*ROOMS, ROOT / "train.py", ROOT / "sample.py"]
 DOORS = {
     "open_clip": {"text"},
-    "datasets": {"data"},
+    "datasets": {"data/sources"},
     "wandb": {"log"},
-    "hydra": {"config"},
-    "omegaconf": {"config"},
+    "hydra": {"config/command"},
+    "omegaconf": {"config/command"},
     "matplotlib": {"viz"},
     "safetensors": {"checkpoint"},
     "accelerate": {"machine"},
