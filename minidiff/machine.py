@@ -50,7 +50,9 @@ def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["acc
     # accelerate reads these when it is created; a device that was asked for must be the one that is used
     os.environ.setdefault("ACCELERATE_USE_CPU", str(chosen.type == "cpu").lower())
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # else a process that trains twice, such as a notebook, could not change precision
     name = resolve_precision(precision, chosen)
     mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[name]
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed, gradient_accumulation_steps=accumulate)
