@@ -39,6 +39,14 @@ def create_clip(model: str, pretrained: str | None = None) -> nn.Module:
             raise InputError(
                 "MD-TEXT-002", f"OpenCLIP has no model '{model}'. Known models: {open_clip.list_models()}."
             )
+        # a path would be taken as well, and a recipe that came with a checkpoint could name somebody's pickle
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        if pretrained is not None and pretrained not in tags:
+            raise InputError(
+                "MD-TEXT-003",
+                f"OpenCLIP has no weights '{pretrained}' for {model}; it has {', '.join(tags) or 'none'}. Your own "
+                "weights go by text.weights=FILE.safetensors.",
+            )
         try:
             return open_clip.create_model(model, pretrained=pretrained).eval()
         except (OSError, RuntimeError) as error:

@@ -116,9 +116,9 @@ def _jobs(config_name: str, conf: Path) -> list[dict]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    compose_only = [x for x in overrides if "," not in x]  # lists of values are for --multirun
+    single = [x for x in overrides if "=" in x and "," not in x]  # no values of flags, no lists for --multirun
     if not {"--help", "-h"} & {*flags}:
-        _require_plain_hydra(_composed(config_name, compose_only, conf).hydra)  # before Hydra itself acts on it
+        compose(config_name, single, conf)  # to check it before Hydra itself acts on it
     sys.argv[1:] = _quoted(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us, who word them
     jobs: list[dict] = []
