@@ -31,7 +31,7 @@ BIN = Path(sys.executable).parent
 def launch(cwd: Path, *arguments: str, launcher: str = "torchrun") -> subprocess.Popen:
     command = {
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"],
-        "accelerate": [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+        "accelerate": [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
         + ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "--num_cpu_threads_per_process=1"],
     }[launcher]
     return subprocess.Popen(

@@ -100,3 +100,10 @@ def test_every_error_code_is_documented():
     raised = {code for file in SCRIPTS for code in re.findall(r'"(MD-[A-Z]+-\d+)"', file.read_text())}
     listed = set(re.findall(r"^\| (MD-[A-Z]+-\d+) \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE))
     assert raised == listed
+
+
+def test_the_reliability_page_is_what_the_tests_say():
+    code = "import reliability; print(reliability.page(), end='')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (ROOT / "docs" / "reliability.md").read_text(), "run `python docs/reliability.py`"
