@@ -83,7 +83,7 @@ class Run:
 
         from minidiff.ema import EMA
         from minidiff.log import NoLog, RunLog
-        from minidiff.machine import compile_network, open_accelerator
+        from minidiff.machine import compile_network, first_process, open_accelerator, require_space
 
         self.values, self.steps, self.folder = values, values["steps"], Path("runs") / values["name"]
         self.accelerator, precision = open_accelerator(values["device"], values["precision"], values["accumulate"])
@@ -91,6 +91,8 @@ class Run:
         torch.manual_seed(values["seed"])  # the initial weights; all other randomness has its own place
         self.task = build(values["task"]).to(self.accelerator.device)
         self.model = self.task.model
+        if first_process():
+            require_space(self.folder, sum(p.numel() for p in self.model.parameters()))
         if self.accelerator.device.type == "cuda":
             self.model.to(memory_format=torch.channels_last)  # faster there, slower on a CPU
         optim = values["optim"]

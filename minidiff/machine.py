@@ -3,8 +3,10 @@ silently.
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -78,6 +80,20 @@ def compile_network(net: torch.nn.Module, wanted: bool | str, device: torch.devi
 def first_process() -> bool:
     """Whether this is the process that writes: the only one, or the first of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def require_space(folder: Path, parameters: int) -> None:
+    """Raises MachineError (MD-ENV-005) if a checkpoint of a model of so many parameters would not fit on the disk.
+
+    Weights, average and two moments of the optimizer, four bytes each; the one before stays until the new one is whole.
+    """
+    needed, free = 4 * 4 * parameters, shutil.disk_usage(folder).free
+    if free < needed:
+        raise MachineError(
+            "MD-ENV-005",
+            f"{folder} has {free / 2**20:.0f} MiB free, and one checkpoint of this model takes about "
+            f"{needed / 2**20:.0f}. Free some space before training, or start in a folder on another disk.",
+        )
 
 
 def require_equal_weights(model: torch.nn.Module, accelerator: "accelerate.Accelerator") -> None:  # noqa: F821

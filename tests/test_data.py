@@ -399,7 +399,7 @@ def test_C1_a_column_that_holds_no_pictures_is_said(parquet_file):
         data.parquet(str(parquet_file), image="words", caption="style")
 
 
-def test_C11_T5_only_builders_that_cannot_run_code_are_used(tmp_path, monkeypatch):
+def test_C11_T5_T18_only_builders_that_cannot_run_code_are_used(tmp_path, monkeypatch):
     class Builder:
         base_path = "hf://datasets/owner/name@0123456789abcdef"
 

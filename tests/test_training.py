@@ -76,3 +76,12 @@ def test_G1_a_prompt_of_10_000_letters_is_drawn_and_captioned_in_no_time(tiny_ru
     pipe, prompt = minidiff.load(tiny_run, device="cpu"), "x" * 10_000
     image = pipe(prompt, steps=1)[0]
     assert pipe.text.tokenizer.lost(prompt) and grid([image], [prompt]).height < 3000
+
+
+def test_E2_a_disk_without_room_for_one_checkpoint_is_said_before_training(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("minidiff.machine.shutil.disk_usage", lambda _: SimpleNamespace(free=4_000_000))
+    with pytest.raises(MachineError, match="MD-ENV-005.*4 MiB free.*takes about 4"):  # 0.29 M parameters
+        train(tmp_path, *FAST, "steps=1")
+    assert not list(tmp_path.rglob("step_*"))
