@@ -13,6 +13,7 @@ from pathlib import Path
 from minidiff.config import SAMPLE_RANGES, build, check, entry
 from minidiff.errors import InputError
 
+METADATA = 16_384  # characters at most; readers, Pillow among them, distrust longer ones
 SETTINGS = ("steps", "guidance", "rescale", "low", "high", "threshold")
 
 
@@ -96,7 +97,7 @@ def write(made: list[tuple], out: str | None, run: Path) -> None:
 
     def save(image, facts: object, file: Path) -> None:
         info = PngInfo()
-        info.add_itxt("minidiff", json.dumps(facts))
+        info.add_itxt("minidiff", json.dumps(facts)[:METADATA])  # ASCII: no tricks with directions of writing
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(file, pnginfo=info)
         print(file)

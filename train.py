@@ -7,11 +7,15 @@ A run lives in runs/<name>: config.yaml, metrics.jsonl, metrics.csv, log.txt, sa
 command again goes on where the last checkpoint ended.
 """
 
+import shlex
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from minidiff.config import TRAIN_RANGES, build, check, entry, write_yaml
-from minidiff.errors import CheckpointError
+from minidiff.config import TRAIN_RANGES, build, check, check_name, entry, write_yaml
+from minidiff.errors import CheckpointError, MachineError
 
 
 @entry("train")
@@ -20,9 +24,29 @@ def main(values: dict) -> None:
 
 
 def train(values: dict) -> None:
-    """Trains one run from its configuration: goes round the loop, and does what is due."""
+    """Trains one run from its configuration: goes round the loop, and does what is due.
+
+    Asked to stop by a signal, it finishes the update, saves and raises SystemExit with the signal's exit code.
+    """
+    from minidiff import data
+    from minidiff.interrupt import Interruption, lock
+    from minidiff.machine import failures_in_words, first_process
+
     check(values, TRAIN_RANGES)
-    run = Run(values)
+    check_name(values["name"])
+    with lock(Path("runs") / values["name"]) if first_process() else nullcontext(), data.dead_workers():
+        run = Run(values)
+        try:
+            limits = values["batch_size"], values["image_size"], run.accelerator.device
+            with Interruption() as stop, failures_in_words(*limits):
+                go_round(run, stop)
+        finally:
+            run.close()
+
+
+def go_round(run: "Run", stop: "Interruption") -> None:  # noqa: F821
+    """Makes every update that is still to do, and does what is due after each."""
+    every = run.values["every"]
     if run.start >= run.steps:
         run.log.say(
             f"{run.folder} is trained to step {run.start} already: raise steps=, or choose another name= or resume=none"
@@ -31,21 +55,24 @@ def train(values: dict) -> None:
         run.preview(0)
     images, clock = 0, time.monotonic()
     for step in run.updates():
-        run.ema.update(run.model)
+        run.take(step)
         images += step.images * run.accelerator.num_processes
-        due = {name: step.step % n == 0 or step.step == run.steps for name, n in values["every"].items()}
-        if due["log"] or due["validate"]:
+        due = {name: step.step % n == 0 or step.step == run.steps for name, n in every.items()}
+        if due["log"] or due["validate"] or not step.finite:
             pace = images / (time.monotonic() - clock)
             numbers = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "images_per_s": pace}
+            numbers |= {"left_out": run.left_out} if run.left_out else {}
             run.log.metrics(step.step, numbers | (run.validate() if due["validate"] else {}))
             images, clock = 0, time.monotonic()
-        for row in step.skipped:
-            run.log.say(f"skipped an image that cannot be read: {row}")
         if due["preview"]:
             run.preview(step.step)
-        if due["save"]:
-            run.save(step.step)
-    run.log.close()
+        stopping = stop.requested(run.accelerator)
+        if due["save"] or stopping:
+            run.save(step.step, last=stopping or step.step == run.steps)
+        if stopping and step.step < run.steps:
+            again = shlex.join(["python", "train.py", *sys.argv[1:]])
+            run.log.say(f"stopped by {stop.signal} after step {step.step}, and saved. To go on:\n  {again}")
+            raise SystemExit(stop.exit_code)
 
 
 class Run:
@@ -55,8 +82,8 @@ class Run:
         import torch
 
         from minidiff.ema import EMA
-        from minidiff.log import RunLog
-        from minidiff.machine import compile_network, open_accelerator
+        from minidiff.log import NoLog, RunLog
+        from minidiff.machine import compile_network, first_process, open_accelerator, require_space
 
         self.values, self.steps, self.folder = values, values["steps"], Path("runs") / values["name"]
         self.accelerator, precision = open_accelerator(values["device"], values["precision"], values["accumulate"])
@@ -64,47 +91,63 @@ class Run:
         torch.manual_seed(values["seed"])  # the initial weights; all other randomness has its own place
         self.task = build(values["task"]).to(self.accelerator.device)
         self.model = self.task.model
+        if first_process():
+            require_space(self.folder, sum(p.numel() for p in self.model.parameters()))
         if self.accelerator.device.type == "cuda":
             self.model.to(memory_format=torch.channels_last)  # faster there, slower on a CPU
         optim = values["optim"]
         self.optimizer = build(optim["make"])(self.model, optim["lr"], optim["betas"], optim["weight_decay"])
-        self.ema = EMA(self.model, values["ema"])
         came_from = self.find_checkpoint()
-        self.start = 0 if came_from is None else self.restore(came_from)
+        if came_from is None and values["init"] is not None:
+            self.begin_with(values["init"])
+        self.ema = EMA(self.model, values["ema"])
+        self.start, self.seen, self.left_out, self.failed_saves, saved = 0, 0, 0, 0, {}
+        if came_from is not None:
+            saved = self.restore(came_from)
 
-        source, self.batches, self.validation = self.open_data()
+        self.source = build(values["data"])
+        self.fingerprint = self.source.fingerprint()
+        changes = self.what_changed(saved)
+        self.batches, self.validation, remarks = self.open_data()
         compiled = compile_network(self.model, values["compile"], self.accelerator.device)
+        self.trained = self.model  # what the loop trains: wrapped when gradients come from several processes
         if self.accelerator.num_processes > 1:
-            self.task.model = self.accelerator.prepare_model(self.model)
+            self.trained = self.accelerator.prepare_model(self.model)
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
 
-        self.log = RunLog(self.folder, values["log"]["wandb"], resume_step=self.start, steps=self.steps)
-        write_yaml(values, self.folder / "config.yaml")
-        self.log.say(self.preflight(source, f"{precision}, {compiled}"))
+        self.log = NoLog()
+        if self.accelerator.is_main_process:
+            self.log = RunLog(self.folder, values["log"]["wandb"], resume_step=self.start, steps=self.steps)
+            write_yaml(values, self.folder / "config.yaml")
+        self.log.say(self.preflight(f"{precision}, {compiled}"))
+        for remark in [*self.source.remarks, *remarks, *(f"changed since the checkpoint: {x}" for x in changes)]:
+            self.log.say(f"note: {remark}")
         self.log.say(f"going on from {came_from}" if came_from else "no checkpoint found, starting at step 0")
 
     def open_data(self):
-        """Returns the source, the endless training batches from the first sample not yet seen, and the validation
-        batches.
+        """Returns the endless training batches from the first sample not yet seen, the validation batches, and what
+        there is to say about the captions.
         """
         from minidiff import data
 
-        values, ranks = self.values, self.accelerator.num_processes
-        source = build(values["data"])
+        values, source, ranks = self.values, self.source, self.accelerator.num_processes
         part = data.share(values["batch_size"], ranks, values["accumulate"])
         look = {"image_size": values["image_size"], "background": values["background"], "seed": values["seed"]}
         train = data.CaptionedImages(source.train, source.image, source.caption, **look)
         held = data.CaptionedImages(source.validation, source.image, source.caption, **look, shuffle=False)
-        self.task.learn_words(train.all_captions())
+        self.bad_rows = data.BadRows(len(train), values["max_bad"])
+        remarks = self.task.learn_words(train.all_captions())
+        if train.without_caption:
+            remarks.append(f"{train.without_caption} of {len(train)} rows have no caption and train unconditionally")
         batches = data.loader(
             train,
             part,
-            start=self.start * values["batch_size"],
+            start=self.seen,
             workers=data.auto_workers() if values["workers"] == "auto" else values["workers"],
             rank=self.accelerator.process_index,
             ranks=ranks,
         )
-        return source, batches, data.first_batches(held, images=256, batch_size=64)
+        return batches, data.first_batches(held, images=256, batch_size=64), remarks
 
     def updates(self):
         """Yields after every optimizer update that is still to do."""
@@ -115,9 +158,16 @@ class Run:
         def learning_rate(step: int) -> float:
             return fit.warmup_cosine(step, steps=self.steps, lr=optim["lr"], warmup=optim["warmup"])
 
+        def loss(batch):
+            self.task.model = self.trained
+            try:
+                return self.task.loss(batch)
+            finally:  # previews and validation are not for the wrapper, which would wait for the other processes
+                self.task.model = self.model
+
         return fit.fit(
-            self.task.model,
-            self.task.loss,
+            self.trained,
+            loss,
             self.batches,
             self.optimizer,
             self.accelerator,
@@ -127,38 +177,68 @@ class Run:
             clip=optim["clip"],
         )
 
-    def preview(self, step: int) -> None:
-        """Draws what the averaged weights can do, on the same prompts and noise every time."""
+    def take(self, step: "Step") -> None:  # noqa: F821
+        """Moves the average after an update, and says what went wrong in it."""
+        self.seen += self.values["batch_size"]
+        if step.finite:
+            self.ema.update(self.model)
+        else:
+            self.left_out += 1
+            rows = ", ".join(map(str, step.rows[:16]))
+            self.log.say(
+                f"warning: step {step.step} is not finite (loss {step.loss.item()}, gradient norm "
+                f"{step.grad_norm.item()}) and was left out; its rows: {rows}"
+            )
+        for warning in self.bad_rows.note(step.skipped):
+            self.log.say(warning)
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """Evaluation mode, without compiling for the shapes that only validation and previews have."""
         import torch
 
+        self.model.eval()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.model.train()
+
+    def preview(self, step: int) -> None:
+        """Draws what the averaged weights can do, on the same prompts and noise every time. A failure is a warning."""
         if not self.accelerator.is_main_process:
             return
-        self.model.eval()
-        with self.ema.applied(self.model), torch.compiler.set_stance("force_eager"):
-            picture = self.task.preview(self.validation[0])
-        self.model.train()
         file = self.folder / "samples" / f"step_{step:08d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(file)
+        try:
+            with self.showing(), self.ema.applied(self.model):
+                picture = self.task.preview(self.validation[0])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+        except Exception as error:  # out of memory, a full disk: no picture is worth a training run
+            return self.log.say(
+                f"warning: no preview at step {step} ({type(error).__name__}: {error}); training goes on"
+            )
         self.log.image("samples", file)
 
     def validate(self) -> dict[str, float]:
         """Returns the validation loss of the raw and of the averaged weights, and the averaged one per noise level."""
-        import torch
-
-        self.model.eval()
-        with torch.compiler.set_stance("force_eager"), self.accelerator.autocast():
+        with self.showing(), self.accelerator.autocast():
             raw = self.task.validate(self.validation)
             with self.ema.applied(self.model):
                 average = self.task.validate(self.validation)
-        self.model.train()
         return average | {"val_loss": raw["val_loss"], "val_loss_ema": average["val_loss"]}
 
-    def save(self, step: int) -> None:
-        """Writes a checkpoint: weights, average, optimizer, and all that sampling must agree on."""
+    def save(self, step: int, *, last: bool) -> None:
+        """Writes a checkpoint: weights, average, optimizer, and all that sampling and resuming must agree on.
+
+        A disk that refuses is a warning the first time, and MachineError the second time in a row or at the end.
+        """
         from minidiff import checkpoint
+        from minidiff.machine import require_equal_weights
+        from minidiff.redact import redact_values
         from minidiff.state import flatten_optimizer
 
+        require_equal_weights(self.model, self.accelerator)
         if not self.accelerator.is_main_process:
             return
         moments, groups = flatten_optimizer(self.optimizer, self.model)
@@ -166,11 +246,28 @@ class Run:
         state = {
             "name": self.values["name"],
             "contract": self.task.contract(self.values["task"]),
-            "config": self.values,
+            "config": redact_values(self.values),
+            "data": self.fingerprint,
+            "samples_seen": self.seen,
             "optimizer_groups": groups,
             "ema_updates": self.ema.updates,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
-        checkpoint.save(self.folder / "checkpoints", step, tensors, state, keep_last=self.values["keep"])
+        try:
+            checkpoint.save(self.folder / "checkpoints", step, tensors, state, keep_last=self.values["keep"])
+            self.failed_saves = 0
+        except MachineError as error:
+            self.failed_saves += 1
+            if last or self.failed_saves == 2:
+                raise
+            self.log.say(f"warning: {error} Training goes on; a second failure in a row ends it.")
+
+    def close(self) -> None:
+        """Says how many rows were bad, stops the loader's processes and ends the log."""
+        if len(self.bad_rows):
+            self.log.say(f"{len(self.bad_rows)} row(s) could not be read: {self.bad_rows.reasons()}")
+        self.batches.close()
+        self.log.close()
 
     def find_checkpoint(self) -> Path | None:
         """Returns the checkpoint to go on from, or None to start at step 0."""
@@ -179,33 +276,61 @@ class Run:
         wanted = self.values["resume"]
         if wanted == "none":
             return None
+        folder = self.folder / "checkpoints"
+        there = ", ".join(sorted(p.name for p in folder.glob("step_*"))) or "none"
         if wanted == "auto":
-            return checkpoint.latest(self.folder / "checkpoints")
+            newest = checkpoint.latest(folder)
+            if newest is None and there != "none":
+                raise CheckpointError(
+                    "MD-CKPT-025",
+                    f"{folder} holds checkpoints ({there}), and all of them are damaged. Restore one from a copy; or "
+                    "start anew with resume=none, or under another name=.",
+                )
+            return newest
         if not Path(wanted).is_dir():
-            there = ", ".join(sorted(p.name for p in (self.folder / "checkpoints").glob("step_*"))) or "none"
             raise CheckpointError(
                 "MD-CKPT-024", f"resume={wanted} is not a checkpoint folder. Checkpoints of {self.folder}: {there}."
             )
         return Path(wanted)
 
-    def restore(self, folder: Path) -> int:
-        """Loads weights, average and optimizer from a checkpoint; returns its step."""
+    def restore(self, folder: Path) -> dict:
+        """Loads weights, average and optimizer from a checkpoint; returns the rest of its state."""
         from minidiff import checkpoint
         from minidiff.state import load_model, unflatten_optimizer
 
         saved = checkpoint.load(folder, ["model", "ema", "optimizer"])
         load_model(self.model, saved.tensors["model"])
-        self.ema.load_state_dict(saved.tensors["ema"], saved.state["ema_updates"])
-        groups = saved.state["optimizer_groups"]
+        groups = saved.entry("optimizer_groups")
+        self.ema.load_state_dict(saved.tensors["ema"], saved.entry("ema_updates"))
         moments = unflatten_optimizer(self.optimizer, self.model, saved.tensors["optimizer"], groups)
         self.optimizer.load_state_dict(moments)
-        return saved.step
+        if self.accelerator.scaler is not None and (scaler := saved.entry("scaler")):
+            self.accelerator.scaler.load_state_dict(scaler)
+        self.start, self.seen = saved.step, saved.entry("samples_seen")
+        return saved.state
 
-    def preflight(self, source, computing: str) -> str:
+    def begin_with(self, path: str) -> None:
+        """Loads the averaged weights of another run into this one, which starts at step 0 with a fresh optimizer."""
+        from minidiff import checkpoint
+        from minidiff.pipeline import find_checkpoint
+        from minidiff.state import load_model
+
+        load_model(self.model, checkpoint.load(find_checkpoint(path), ["ema"]).tensors["ema"])
+
+    def what_changed(self, saved: dict) -> list[str]:
+        """Returns what differs from the checkpoint's run and may; what may not is an error."""
+        from minidiff.resume import require_same_run
+
+        if not saved:
+            return []
+        now = {"config": self.values, "data": self.fingerprint}
+        return require_same_run(saved, now, allow_change=self.values["allow_change"])
+
+    def preflight(self, computing: str) -> str:
         """Returns what is about to happen, in a few lines."""
         import torch
 
-        values, device = self.values, self.accelerator.device
+        values, source, device = self.values, self.source, self.accelerator.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         passes = self.steps * values["batch_size"] / len(source.train)

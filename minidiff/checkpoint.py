@@ -39,6 +39,16 @@ class Checkpoint:
     tensors: dict[str, dict[str, Tensor]]
     state: dict
 
+    def entry(self, name: str) -> object:
+        """Returns one entry of the state; raises CheckpointError (MD-CKPT-012) that names it if it is not there."""
+        if name not in self.state:
+            raise CheckpointError(
+                "MD-CKPT-012",
+                f"The state of the checkpoint of step {self.step} has no '{name}', so training cannot go on exactly. "
+                "Begin a new run with its weights by init=FOLDER.",
+            )
+        return self.state[name]
+
 
 def save(
     folder: str | Path,

@@ -15,6 +15,10 @@ class MinidiffError(Exception):
         super().__init__(f"[{code}] {message}")
         self.code = code
 
+    def __reduce__(self) -> tuple:
+        code, message = self.code, str(self).removeprefix(f"[{self.code}] ")
+        return type(self), (code, message)  # so that it comes whole out of a loader's process
+
 
 class InputError(MinidiffError):
     """A key, value or argument that the user gave is wrong."""

@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections import deque
@@ -18,21 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-_SECRETS = [
-    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_***"),
-    (re.compile(r"\b(gh[opsu]_|github_pat_|sk-|wandb_v1_)[\w-]{16,}"), r"\1***"),
-    # 40 hexadecimal digits alone may well be a commit; after one of these words they are a W&B key
-    (re.compile(r"(?i)((?:keys?|token|login|password|secret|wandb)\b.{0,20}?)\b[0-9a-f]{40}\b"), r"\1***"),
-    (re.compile(r"://[^/\s\"'<>]+@"), "://***@"),
-    (re.compile(r"\bBearer\s+[\w.~+/=-]{6,}|(?i:\bbearer)\s+(?=\S*\d)[\w.~+/=-]{16,}"), "Bearer ***"),
-]
-
-
-def redact(text: str) -> str:
-    """Returns `text` with tokens, keys and passwords replaced by ***."""
-    for secret, stars in _SECRETS:
-        text = secret.sub(stars, text)
-    return text
+from minidiff.redact import redact
 
 
 class RunLog:
@@ -154,6 +139,15 @@ class RunLog:
         self._columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
         header = dict(zip(self._columns, self._columns, strict=True))
         _replace(self._csv, _csv_lines(self._columns, [header]) + _csv_lines(self._columns, rows))
+
+
+class NoLog:
+    """The log of the processes that are not the first: they say nothing and write nothing."""
+
+    def say(self, text: str) -> None: ...
+    def metrics(self, step: int, values: Mapping[str, SupportsFloat]) -> None: ...
+    def image(self, name: str, path: str | Path) -> None: ...
+    def close(self) -> None: ...
 
 
 class Progress:

@@ -3,10 +3,14 @@ silently.
 """
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-from minidiff.errors import InputError, MachineError
+from minidiff.errors import InputError, MachineError, NumericsError
 
 
 def resolve_device(device: str) -> torch.device:
@@ -48,7 +52,9 @@ def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["acc
     # accelerate reads these when it is created; a device that was asked for must be the one that is used
     os.environ.setdefault("ACCELERATE_USE_CPU", str(chosen.type == "cpu").lower())
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # else a process that trains twice, such as a notebook, could not change precision
     name = resolve_precision(precision, chosen)
     mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[name]
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed, gradient_accumulation_steps=accumulate)
@@ -69,3 +75,67 @@ def compile_network(net: torch.nn.Module, wanted: bool | str, device: torch.devi
         return f"eager (PyTorch cannot compile here: {type(error).__name__}: {reason})"
     net.compile()
     return "compiled"
+
+
+def first_process() -> bool:
+    """Whether this is the process that writes: the only one, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def require_space(folder: Path, parameters: int) -> None:
+    """Raises MachineError (MD-ENV-005) if a checkpoint of a model of so many parameters would not fit on the disk.
+
+    Weights, average and two moments of the optimizer, four bytes each; the one before stays until the new one is whole.
+    """
+    needed, free = 4 * 4 * parameters, shutil.disk_usage(folder).free
+    if free < needed:
+        raise MachineError(
+            "MD-ENV-005",
+            f"{folder} has {free / 2**20:.0f} MiB free, and one checkpoint of this model takes about "
+            f"{needed / 2**20:.0f}. Free some space before training, or start in a folder on another disk.",
+        )
+
+
+def require_equal_weights(model: torch.nn.Module, accelerator: "accelerate.Accelerator") -> None:  # noqa: F821
+    """Raises NumericsError (MD-NUM-002) that names the first parameter in which the processes of a run differ."""
+    if accelerator.num_processes == 1:
+        return
+    # a sum of squares could hide a permutation, but not what goes wrong in practice: a process that missed an update
+    sums = torch.stack([p.detach().float().square().sum() for p in model.parameters()])
+    everyone = accelerator.gather(sums[None])
+    if (everyone == everyone[0]).all():
+        return
+    first = int((everyone != everyone[0]).any(0).nonzero()[0])
+    raise NumericsError(
+        "MD-NUM-002",
+        f"The processes of this run no longer hold the same weights; the first that differ are those of "
+        f"{list(dict(model.named_parameters()))[first]}. Nothing was saved. Resume from the last checkpoint, and check "
+        "that all machines run the same versions of PyTorch and minidiff.",
+    )
+
+
+@contextmanager
+def failures_in_words(batch_size: int, image_size: int, device: torch.device) -> Iterator[None]:
+    """Turns what PyTorch raises when memory runs out (MD-ENV-004) or another process of the run ends (MD-RUN-002) into
+    MachineError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+        raise MachineError(
+            "MD-ENV-004",
+            f"{device} ran out of memory with batch_size={batch_size} and image_size={image_size} (at most {peak:.1f} "
+            "GiB were in use). Divide the updates with accumulate=2, or take a smaller batch_size; train with "
+            "precision=bf16; or take a smaller image_size or network. The last checkpoint is good.",
+        ) from error
+    except (torch.distributed.DistError, RuntimeError) as error:
+        lost = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "Socket", "NCCL")
+        if "RANK" not in os.environ or not any(word in str(error) for word in lost):
+            raise
+        raise MachineError(
+            "MD-RUN-002",
+            f"Another process of this run has ended or no longer answers, so process {os.environ['RANK']} stops too: "
+            f"its own message says why ({str(error).splitlines()[0]}). The last checkpoint is good; run the same "
+            "command again.",
+        ) from error

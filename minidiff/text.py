@@ -30,7 +30,9 @@ from minidiff.resources import bundled
 from minidiff.state import load_model
 
 TINY = "minidiff-tiny"  # our own OpenCLIP configuration, data/clip_shapes/minidiff-tiny.json
-BATCH = 256  # captions encoded at once
+# Captions encoded at once, the last ones filled up with empty ones. Always as many, because the last bits of a matrix
+# product depend on its size, and a caption's embedding must not depend on what was encoded with it.
+BATCH = 16
 
 
 def create_clip(model: str, pretrained: str | None = None) -> nn.Module:
@@ -42,6 +44,14 @@ def create_clip(model: str, pretrained: str | None = None) -> nn.Module:
         if model not in open_clip.list_models():
             raise InputError(
                 "MD-TEXT-002", f"OpenCLIP has no model '{model}'. Known models: {open_clip.list_models()}."
+            )
+        # a path would be taken as well, and a recipe that came with a checkpoint could name somebody's pickle
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        if pretrained is not None and pretrained not in tags:
+            raise InputError(
+                "MD-TEXT-003",
+                f"OpenCLIP has no weights '{pretrained}' for {model}; it has {', '.join(tags) or 'none'}. Your own "
+                "weights go by text.weights=FILE.safetensors.",
             )
         try:
             return open_clip.create_model(model, pretrained=pretrained).eval()
@@ -134,15 +144,17 @@ class TextEncoder:
 
     @torch.no_grad()
     def _encode(self, captions: Sequence[str]) -> None:
-        ids = self.tokenizer(captions)
-        out = self._clip.forward_intermediates(
-            text=ids.to(self.device),
-            text_indices=[self._clip.transformer.layers + self._layer],
-            normalize_intermediates=True,
-        )
+        ids = self.tokenizer([*captions, *[""] * (BATCH - len(captions))])
+        # in full precision also under a training's autocast: what is remembered must not depend on who asked first
+        with torch.autocast(self.device.type, enabled=False):
+            out = self._clip.forward_intermediates(
+                text=ids.to(self.device),
+                text_indices=[self._clip.transformer.layers + self._layer],
+                normalize_intermediates=True,
+            )
         tokens, vectors = out["text_intermediates"][0].float().cpu(), out["text_features"].float().cpu()
         vectors = vectors * vectors.shape[1] ** 0.5  # unit length → unit variance, as every other network input
-        for i, (caption, length) in enumerate(zip(captions, self.tokenizer.lengths(ids).tolist(), strict=True)):
+        for i, (caption, length) in enumerate(zip(captions, self.tokenizer.lengths(ids).tolist(), strict=False)):
             self._memory[caption] = (tokens[i, :length].clone(), vectors[i])
 
 

@@ -29,6 +29,7 @@ from minidiff.seeds import generator
 READABLE = 128  # pixels that a small picture is enlarged to, about
 COLUMNS = 8  # of a contact sheet, and frames of a film strip, at most, unless asked otherwise
 GAP = 10  # between pictures, and around them all
+LONGEST = 300  # characters of a caption that are shown
 TEXT, HEADING = 13, 16  # heights of letters, in pixels
 PAPER, INK, FRAME = "#ffffff", "#1e1e1e", "#d55e00"
 
@@ -57,7 +58,7 @@ def grid(
     pictures = [_enlarge(x if isinstance(x, Image.Image) else to_pil(x), scale) for x in images]
     columns, font = columns or min(len(pictures), COLUMNS), _font(TEXT)
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    texts = [wrap(caption, font, width) for caption in captions or [""] * len(pictures)]
+    texts = [wrap(caption[:LONGEST], font, width) for caption in captions or [""] * len(pictures)]
     rows = [range(i, min(i + columns, len(pictures))) for i in range(0, len(pictures), columns)]
     heights = [height + _text_height(max(len(texts[i]) for i in row), font) + GAP for row in rows]
     sheet = Image.new("RGB", (columns * (width + GAP) + GAP, sum(heights) + GAP), PAPER)

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for one another are slow on a busy machine
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+)  # of child processes
 
 TINY_RUN = ["steps=4", "batch_size=8", "data.n=64", "data.validation=16", "net.channels=[16,32]"]
 TINY_RUN += ["net.attend=[false,true]", "net.groups=4", "sampling_steps=2"]

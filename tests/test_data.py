@@ -1,5 +1,6 @@
 import io
 import json
+import os
 
 import datasets
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from minidiff import data
-from minidiff.errors import DataError, InputError
+from minidiff.errors import DataError, InputError, MachineError
 
 
 def png(colour, size=(8, 8), mode="RGB") -> bytes:
@@ -120,8 +121,8 @@ def test_B1_B2_unreadable_images_give_way_to_the_next_row_and_are_named():
     broken = datasets.Dataset.from_dict({"image": images, "captions": good["captions"]})
     broken = broken.cast_column("image", datasets.Image(decode=False))
     samples = data.CaptionedImages(broken, "image", "captions", image_size=8, shuffle=False)
-    image, caption, _, skipped = samples[1]
-    assert caption == "3 a" and image[0, 0, 0] == 3
+    image, caption, _, skipped, row = samples[1]
+    assert caption == "3 a" and image[0, 0, 0] == 3 and row == 3
     assert [text.split(":")[0] for text in skipped] == ["row 1", "row 2"]
     assert data.collate([samples[i] for i in range(4)]).skipped[0].startswith("row 1")
 
@@ -132,7 +133,7 @@ def test_B3_a_source_without_a_single_image_stops_in_words():
     samples = data.CaptionedImages(
         table.cast_column("image", datasets.Image(decode=False)), "image", "captions", image_size=8
     )
-    with pytest.raises(DataError, match="None of the 3 images"):
+    with pytest.raises(DataError, match="None of 3 rows in succession"):
         samples[0]
 
 
@@ -220,3 +221,228 @@ def test_shapes_go_through_the_same_door():
         truth = example("train", i, 0, WEIGHTS)
         assert torch.equal(samples[i][0], torch.from_numpy(render(truth.scene, 32)).permute(2, 0, 1))
         assert samples[i][1] == truth.captions[1]  # the first is a prompt for tests
+
+
+# ---------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def broken(n: int, bad: set[int]) -> datasets.Dataset:
+    """Like `rows`, but the pictures in `bad` are not pictures."""
+    table = rows(n)
+    images = [{"bytes": b"rubbish", "path": f"p{i}.png"} if i in bad else x for i, x in enumerate(table["image"])]
+    made = datasets.Dataset.from_dict({"image": images, "captions": table["captions"]})
+    return made.cast_column("image", datasets.Image(decode=False))
+
+
+def test_B1_a_bad_row_is_always_replaced_by_the_same_one_and_named_with_its_path():
+    samples = data.CaptionedImages(broken(10, {4}), "image", "captions", image_size=8, seed=3)
+    again = data.CaptionedImages(broken(10, {4}), "image", "captions", image_size=8, seed=3)
+    used = [samples[i].row for i in range(10)]
+    assert used == [again[i].row for i in reversed(range(10))][::-1] and sorted(used) == [
+        *range(4),
+        *[5] * 2,
+        *range(6, 10),
+    ]
+    (told,) = {text for i in range(10) for text in samples[i].skipped}
+    assert told.startswith("row 4 (p4.png): not a picture in PNG")
+
+
+def test_B1_the_first_bad_row_is_said_and_then_every_thousandth():
+    bad = data.BadRows(rows=100_000, share=0.5)
+    said = [text for i in range(2500) for text in bad.note([f"row {i}: truncated"] * 2)]
+    assert [text.split()[3] for text in said] == ["0:", "1000:", "2000:"] and len(bad) == 2500
+
+
+def test_B3_more_bad_rows_than_allowed_stop_with_the_reasons_counted():
+    bad = data.BadRows(rows=1000, share=0.01)
+    for i in range(10):
+        bad.note([f"row {i}: {'truncated' if i % 3 else 'too small (1×1)'}"])
+    with pytest.raises(
+        DataError, match=r"MD-DATA-011.*11 of 1000.*7 × truncated \(such as row 1\); 4 × too small"
+    ) as e:
+        bad.note(["row 99: truncated"])
+    assert e.value.exit_code == 3
+
+
+def test_B3_training_stops_at_the_budget_and_says_the_rest_below_it(tmp_path, capsys):
+    from conftest import train
+
+    small = ["batch_size=8", "image_size=16", "net.channels=[16]", "net.attend=[true]", "net.groups=4", "device=cpu"]
+    small += ["precision=fp32", "sampling_steps=2", "data=parquet", "workers=0", "data.split_column=s"]
+    for name, bad in (("few", {3}), ("many", {3, 4, 9})):
+        table = broken(40, bad).add_column("s", ["train"] * 36 + ["test"] * 4)
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    train(tmp_path, f"data.path={tmp_path}/few.parquet", "steps=5", base=small)
+    shown = capsys.readouterr().out
+    assert shown.count("skipped row 3 (p3.png)") == 1 and "1 row(s) could not be read: 1 × not a picture" in shown
+    with pytest.raises(DataError, match="MD-DATA-011.*max_bad=0.01"):
+        train(tmp_path, f"data.path={tmp_path}/many.parquet", "steps=5", "name=many", base=small)
+    train(tmp_path, f"data.path={tmp_path}/many.parquet", "steps=5", "name=more", "max_bad=0.1", base=small)
+
+
+def test_B3_a_good_row_is_not_searched_for_for_ever():
+    samples = data.CaptionedImages(broken(500, set(range(400))), "image", "captions", image_size=8, shuffle=False)
+    with pytest.raises(DataError, match="MD-DATA-007.*None of 100 rows in succession"):
+        samples[0]
+    assert samples[310].row == 400
+
+
+def test_C7_fewer_images_than_a_batch_still_train_each_once_per_epoch():
+    batches = take(data.loader(stream(3), 8), 3)
+    assert sorted(row for batch in batches for row in batch.rows) == sorted([0, 1, 2] * 8)
+
+
+class Fails(data.CaptionedImages):
+    def _read(self, row):
+        if row == 5:
+            raise RuntimeError("the cable was pulled")
+        return super()._read(row)
+
+
+@pytest.mark.parametrize("workers, who", [(0, "the main process"), (1, "worker 0")])
+def test_D1_an_error_in_a_worker_comes_out_in_words_and_nobody_is_left(workers, who):
+    import multiprocessing
+
+    samples = Fails(rows(8), "image", "captions", image_size=8, shuffle=False)
+    batches = data.loader(samples, 2, workers=workers)
+    assert [b.rows for b in take(batches, 2)] == [[0, 1], [2, 3]]
+    with pytest.raises(
+        DataError, match=rf"MD-DATA-010.*{who} could not read sample 5.*RuntimeError: the cable was pulled"
+    ):
+        next(batches)
+    assert multiprocessing.active_children() == []
+
+
+class Dies(data.CaptionedImages):
+    def _read(self, row):
+        if row == 5:
+            os.kill(os.getpid(), 9)
+        return super()._read(row)
+
+
+def test_D2_a_killed_worker_is_said_in_words():
+    samples = Dies(rows(8), "image", "captions", image_size=8, shuffle=False)
+    with pytest.raises(MachineError, match="MD-DATA-012.*DataLoader worker.*workers=0") as e, data.dead_workers():
+        take(data.loader(samples, 2, workers=1), 4)
+    assert e.value.exit_code == 6
+    with pytest.raises(RuntimeError, match="something else"), data.dead_workers():
+        raise RuntimeError("something else")
+
+
+def test_D3_what_a_worker_gets_can_be_sent_to_a_fresh_process():
+    """macOS, Windows and Python 3.14 start workers anew: everything travels by pickle, and lambdas cannot."""
+    from multiprocessing.reduction import ForkingPickler
+
+    from minidiff.data.stream import _as_it_is, _Reader, _start_worker
+
+    reader, *functions = ForkingPickler.loads(ForkingPickler.dumps([_Reader(stream()), _as_it_is, _start_worker]))
+    assert reader[[3, 4]].rows == [stream()[3].row, stream()[4].row] and len(functions) == 2
+    error = ForkingPickler.loads(ForkingPickler.dumps(DataError("MD-DATA-007", "none")))
+    assert (error.code, str(error)) == ("MD-DATA-007", "[MD-DATA-007] none")
+
+
+def test_D8_random_numbers_are_distinct_for_every_sample_and_the_same_on_every_rank():
+    from minidiff.seeds import generator
+
+    draws = {float(torch.rand((), generator=generator(0, "noise", i))) for i in range(2000)}
+    assert len(draws) == 2000
+    torch.manual_seed(1)  # nobody's global state matters
+    np.random.seed(1)
+    first = [b.captions for b in take(data.loader(stream(), 2), 6)]
+    np.random.seed(2)
+    assert first == [b.captions for b in take(data.loader(stream(), 2, workers=2), 6)]
+
+
+# ---------------------------------------------------------------------------------------------------- folders, the hub
+
+
+def image_folder(root, names, lines):
+    root.mkdir(exist_ok=True)
+    for name in names:
+        (root / name).write_bytes(png((9, 9, 9)))
+    (root / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": n, "caption": "x"}) for n in lines))
+    return root
+
+
+OUTSIDE = ["../secret.png", "/etc/hostname", "a/../../secret.png", "..\\secret.png", "file:///etc/hostname"]
+OUTSIDE += ["https://example.org/x.png", "link.png", "x\0.png", "hf://datasets/a/b.png", "./../secret.png"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_T6_metadata_cannot_name_a_file_outside_of_its_folder(name, tmp_path):
+    (tmp_path / "secret.png").write_bytes(png((1, 1, 1)))
+    root = image_folder(tmp_path / "d", ["0.png"], ["0.png", name])
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(DataError, match="MD-DATA-015.*line 2"):
+        data.folder(str(root))
+
+
+def test_C9_lines_without_picture_and_pictures_without_line_are_counted(tmp_path):
+    root = image_folder(tmp_path / "d", ["0.png", "1.png", "2.png"], ["0.png", "1.png", "gone.png", "lost.png"])
+    remarks = data.sources._check_metadata(root)
+    assert any("1 pictures have no line" in x and "2.png" in x for x in remarks)
+    assert any("2 lines name no picture" in x and "gone.png" in x for x in remarks)
+
+
+def test_C8_an_empty_folder_and_broken_metadata_are_said_in_words(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="MD-DATA-014.*metadata.jsonl"):
+        data.folder(str(tmp_path / "empty"))
+    root = image_folder(tmp_path / "d", ["0.png"], ["0.png"])
+    (root / "metadata.jsonl").write_text("{not json")
+    with pytest.raises(DataError, match="MD-DATA-014.*line 1"):
+        data.folder(str(root))
+
+
+def test_C1_a_column_that_holds_no_pictures_is_said(parquet_file):
+    with pytest.raises(DataError, match="MD-DATA-013.*'words'"):
+        data.parquet(str(parquet_file), image="words", caption="style")
+
+
+def test_C11_T5_T18_only_builders_that_cannot_run_code_are_used(tmp_path, monkeypatch):
+    class Builder:
+        base_path = "hf://datasets/owner/name@0123456789abcdef"
+
+        def download_and_prepare(self):
+            (tmp_path / "marker").touch()
+
+        def as_dataset(self, split):
+            if split != "train":
+                raise ValueError(f"Unknown split '{split}'. Should be one of ['train'].")
+            return rows(40).rename_column("captions", "text")
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, revision: asked.append(revision) or Builder())
+    for module, fine in (
+        ("datasets.packaged_modules.pandas.pandas", False),
+        ("x.parquet", True),
+        ("evil.script", False),
+    ):
+        Builder.__module__ = module
+        (tmp_path / "marker").unlink(missing_ok=True)
+        if fine:
+            source = data.hub("owner/name", revision="main")
+            assert source.name == "hub owner/name@0123456789abcdef" and asked[-1] == "main"  # T18: looked up once
+        else:
+            with pytest.raises(DataError, match="MD-DATA-016.*parquet"):
+                data.hub("owner/name")
+            assert not (tmp_path / "marker").exists()
+    Builder.__module__ = "x.parquet"
+    with pytest.raises(DataError, match=r"MD-DATA-003.*\['train'\]"):
+        data.hub("owner/name", split="tarin")
+
+
+@pytest.mark.parametrize("path", ["pandas", "owner/name", "no such name!"])
+def test_C13_a_dataset_that_cannot_be_had_is_said_with_what_to_do(path):
+    with pytest.raises(DataError, match="MD-DATA-003|MD-DATA-016") as e:
+        data.hub(path)
+    assert "data=shapes" in str(e.value) or "parquet" in str(e.value)
+
+
+def test_C12_embeddings_belong_to_one_encoder_and_caption():
+    """There is no cache on disk that could be stale: embeddings are kept in memory, by an encoder, for a caption."""
+    from minidiff.text import tiny
+
+    encoder, other = tiny(), tiny(layer=-2)
+    assert encoder.identity != other.identity
+    assert not torch.equal(encoder(["a star"]).tokens, other(["a star"]).tokens)

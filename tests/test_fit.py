@@ -1,8 +1,11 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from accelerate import Accelerator
 
 from minidiff.data import Batch
+from minidiff.errors import NumericsError
 from minidiff.fit import fit, warmup_cosine
 
 
@@ -60,3 +63,106 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)
     assert all(b < a for a, b in zip(rates[10:], rates[11:], strict=False))
     assert warmup_cosine(0, steps=10, lr=1.0, warmup=0) == 1.0
+
+
+# -------------------------------------------------------------------------------------------- what is not finite
+
+
+def poisoned(bad: set[int], steps: int, what: str = "nan", lr: float = 0.1):
+    """Trains y = w·x; the updates in `bad` (counted from 0) get a NaN loss or an infinite gradient. Yields the model,
+    the optimizer and each Step.
+    """
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    x = torch.arange(1.0, 5.0)[:, None]
+    update = iter(range(1000))
+
+    def loss(batch):
+        value = (model(x) - 3 * x).square().mean()
+        if next(update) in bad:
+            # √(0·w) is 0, so that the loss stays finite, and its slope there is infinite
+            value = value * float("nan") if what == "nan" else value + (0 * model.weight).sqrt().sum()
+        return value, {}
+
+    def batches():
+        first = 0
+        while True:
+            index = list(range(first, first + 4))
+            yield Batch(torch.zeros(4, 3, 1, 1, dtype=torch.uint8), [""] * 4, index, [], [100 + i for i in index])
+            first += 4
+
+    for step in fit(
+        model,
+        loss,
+        batches(),
+        optimizer,
+        Accelerator(cpu=True),
+        steps=steps,
+        start=0,
+        learning_rate=lambda k: lr,
+        clip=1.0,
+    ):
+        yield model, optimizer, step
+
+
+def bits(model, optimizer) -> list[torch.Tensor]:
+    slots = [x for state in optimizer.state_dict()["state"].values() for x in state.values()]
+    return [x.detach().clone() for x in (*model.parameters(), *slots)]
+
+
+@pytest.mark.parametrize("what", ["nan", "gradient"])
+def test_F2_F6_an_update_that_is_not_finite_changes_no_bit_and_training_goes_on(what):
+    before = None
+    for model, optimizer, step in poisoned({2}, 5, what):
+        now = bits(model, optimizer)
+        if step.step == 3:
+            assert not step.finite and not (step.loss + step.grad_norm).isfinite()
+            assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+        else:
+            assert step.finite and (before is None or not torch.equal(before[0], now[0]))
+        assert all(x.isfinite().all() for x in now)
+        before = now
+    assert step.step == 5
+
+
+def test_R6_three_in_a_row_stop_the_run_and_name_step_and_rows():
+    with pytest.raises(
+        NumericsError, match=r"MD-NUM-001.*step 6: loss nan.*last finite loss was \d.*120, 121, 122, 123"
+    ) as e:
+        for _ in poisoned({1, 3, 4, 5}, 20):
+            pass
+    assert e.value.exit_code == 5
+    *_, (_, _, last) = poisoned({0, 1, 3, 4, 6}, 8)  # never three in a row
+    assert last.step == 8
+
+
+def test_F1_a_learning_rate_of_1e20_stops_with_finite_weights():
+    with pytest.raises(NumericsError, match=r"MD-NUM-001.*lr 1e\+20"):
+        for model, _, _ in poisoned(set(), 50, lr=1e20):
+            assert all(x.isfinite().all() for x in model.parameters())
+
+
+def test_F4_with_a_scaler_an_overflow_is_left_to_it_and_does_not_count():
+    """fp16 begins with a scale that is too large, and finds the right one by overflowing."""
+    from types import SimpleNamespace
+
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    asked = []
+    optimizer.step = lambda: asked.append(1)
+    scaled = SimpleNamespace(scaler=object(), gradient_accumulation_steps=1, reduce=lambda x, how: x)
+    scaled.accumulate = scaled.autocast = lambda *_: nullcontext()
+    scaled.backward = lambda loss: loss.backward()
+    scaled.clip_grad_norm_ = lambda *_: torch.tensor(float("inf"))
+    batches = iter(lambda: Batch(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), [""], [0], []), None)
+
+    def run(value):
+        loss = lambda batch: (model.weight.sum() * value, {})  # noqa: E731
+        return list(
+            fit(model, loss, batches, optimizer, scaled, steps=5, start=0, learning_rate=lambda k: 0.1, clip=1.0)
+        )
+
+    assert [step.finite for step in run(1.0)] == [False] * 5 and len(asked) == 5
+    with pytest.raises(NumericsError):
+        run(float("nan"))

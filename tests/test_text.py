@@ -93,3 +93,15 @@ def test_the_named_pretrained_encoders_exist_in_openclip(name):
 
     conf = OmegaConf.load(CONF / "text" / f"{name}.yaml")
     assert conf.pretrained in open_clip.list_pretrained_tags_by_model(conf.model)
+
+
+def test_E5_a_caption_has_the_same_bits_whatever_it_is_encoded_with():
+    captions = [f"a {size} {colour} star" for size in ("small", "large") for colour in ("red", "green", "blue", "navy")]
+    together = tiny()(captions)
+    for order in (range(8), (5, 2), (7,), (3, 1, 0, 2, 6)):
+        fresh = tiny()
+        cond = fresh([captions[i] for i in order])
+        for k, i in enumerate(order):
+            assert torch.equal(cond.tokens[k], together.tokens[i]) and torch.equal(cond.vector[k], together.vector[i])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tiny()(captions).tokens, together.tokens)

@@ -60,8 +60,9 @@ class ContrastivePretraining:
         agreement = self._logits(batch).T.softmax(dim=1).cpu()
         return Image.fromarray((255 * (1 - agreement)).byte().numpy()).resize((512, 512), Image.Resampling.NEAREST)
 
-    def learn_words(self, captions: Iterable[str]) -> None:
-        """Nothing to remember: the encoder takes any word."""
+    def learn_words(self, captions: Iterable[str]) -> list[str]:
+        """Nothing to remember, and nothing to say: the encoder takes any word."""
+        return []
 
     def contract(self, recipe: Mapping) -> dict:
         """Returns what a checkpoint must say about the model."""

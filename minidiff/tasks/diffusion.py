@@ -91,9 +91,21 @@ class TextToImage:
         prompts = batch.captions[:PREVIEWS]
         return grid(self.pipeline.sample(prompts, list(range(len(prompts)))), prompts)
 
-    def learn_words(self, captions: Iterable[str]) -> None:
-        """Remembers the words of the training captions, so that sampling can name those it has never seen."""
+    def learn_words(self, captions: Iterable[str]) -> list[str]:
+        """Remembers the words of the training captions, so that sampling can name those it has never seen; returns what
+        there is to say about the captions.
+        """
+        captions, tokenizer = list(captions), self.pipeline.text.tokenizer
         self.pipeline.vocabulary = frozenset(word for caption in captions for word in words(caption))
+        # only as many as are read in a second; a token has a letter at least
+        longest = sorted((c for c in captions if len(c) > tokenizer.length - 2), key=len)[-1000:]
+        cut = [caption for caption in longest if tokenizer.lost(caption)]
+        if not cut:
+            return []
+        return [
+            f"{len(cut)} of {len(captions)} distinct captions are longer than {tokenizer.length} tokens; the end of "
+            f"the longest, which is lost: {tokenizer.lost(cut[-1])[-200:]!r}"
+        ]
 
     def contract(self, recipe: Mapping) -> dict:
         """Returns what a checkpoint must say for `minidiff.load`; `recipe` is the configuration of this task."""

@@ -1,0 +1,112 @@
+"""A file from anywhere → a picture: RGB, upright, opaque, 8 bits; or the reason why not.
+
+The header is judged before anything is decoded. Only common, maintained decoders of Pillow are open, chosen by content
+and never by file name.
+"""
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 64_000_000  # larger pictures are refused from their header
+MIN_SIDE = 4  # pixels; smaller ones would be blown up from nothing
+MAX_ASPECT = 10  # a square cut from a longer strip shows little of it
+
+
+class BadImage(ValueError):
+    """A picture that cannot be used; the text says why."""
+
+
+def load_image(
+    source: Mapping | None, image_size: int, background: Sequence[int]
+) -> UInt8[Tensor, "3 image_size image_size"]:
+    """Decodes {"bytes", "path"}, shows transparency on `background`, scales the shorter side and crops the centre.
+
+    Raises BadImage, whatever the reason.
+    """
+    picture = read_image(source, background)
+    if picture.size != (image_size, image_size):
+        picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def read_image(source: Mapping | None, background: Sequence[int]) -> Image.Image:
+    """Returns the first frame in RGB, turned as EXIF says, on `background`; raises BadImage."""
+    if source is None or not (source.get("bytes") or source.get("path")):
+        raise BadImage("there is no image")
+    file = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we draw the line lower, below
+            with Image.open(file, formats=FORMATS) as opened:
+                _judge_header(*opened.size)
+                return _to_rgb(ImageOps.exif_transpose(opened), background)
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise BadImage(f"not a picture in {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"more than {MAX_PIXELS // 10**6} million pixels") from error
+    except Exception as error:  # on damaged bytes, decoders raise anything from OSError to struct.error
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _judge_header(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"more than {MAX_PIXELS // 10**6} million pixels ({width}×{height})")
+    if min(width, height) < MIN_SIDE:
+        raise BadImage(f"too small ({width}×{height})")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage(f"too long for its width ({width}×{height})")
+
+
+def _to_rgb(picture: Image.Image, background: Sequence[int]) -> Image.Image:
+    profile = picture.info.get("icc_profile")
+    if picture.mode[0] in "IF":  # 16 or 32 bits, or floats; Pillow itself would clip them to white
+        return Image.fromarray(_eight_bits(np.asarray(picture), picture.mode)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+    elif picture.mode == "P":
+        picture = picture.convert("RGB")
+    picture = _to_srgb(picture, profile)
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture)
+    return picture.convert("RGB")
+
+
+def _eight_bits(x: np.ndarray, mode: str) -> np.ndarray:
+    """Scales grey values by the range that they declare: 16 bits, [0, 1] for floats, else from least to largest."""
+    x = x.astype(np.float64)
+    if not np.isfinite(x).all():
+        raise BadImage("pixels that are not finite")
+    low, high = x.min(), x.max()
+    if mode.startswith("I") and low >= 0 and high <= 65535:
+        low, high = 0, 65535
+    elif mode == "F" and low >= 0 and high <= 1:
+        low, high = 0, 1
+    return ((x - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
+
+
+def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
+    """Converts by the colour profile that came with the picture; one that is broken or does not fit is ignored."""
+    if profile is None and picture.mode != "LAB":
+        return picture
+    mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+    try:
+        return ImageCms.applyTransform(picture, _transform(profile, picture.mode, mode))
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return picture
+
+
+@lru_cache(maxsize=16)  # most pictures of a data set share a few profiles
+def _transform(profile: bytes | None, mode: str, to: str) -> ImageCms.ImageCmsTransform:
+    source = ImageCms.createProfile("LAB") if profile is None else ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, to)

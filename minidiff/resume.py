@@ -1,0 +1,39 @@
+"""Going on with a run is going on with *that* run: what may have changed since its checkpoint, and what may not."""
+
+from collections.abc import Mapping
+
+from minidiff.errors import CheckpointError
+
+# A change of these makes another run: other weights, another meaning of them, or another sequence of samples.
+FIXED = ("seed", "batch_size", "image_size", "background", "net", "space", "text", "process", "objective")
+# These may differ without being worth a word. `data` is compared by its content, `task` is made of other groups.
+FREE = ("name", "every", "keep", "device", "workers", "resume", "allow_change", "debug", "log", "task", "data", "init")
+
+
+def require_same_run(saved: Mapping, now: Mapping, *, allow_change: bool) -> list[str]:
+    """Compares the saved state with {"config", "data"} of now; returns what changed and may change, in words.
+
+    Raises CheckpointError (MD-CKPT-026) if the data or a key in FIXED changed, unless `allow_change`.
+    """
+    before, after = _flat(saved.get("config", {})), _flat(now["config"])
+    changed = {
+        key: f"{key} was {before.get(key)} and is {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key.split(".")[0] not in FREE
+    }
+    fixed = [text for key, text in changed.items() if key.split(".")[0] in FIXED]
+    if "data" in saved and saved["data"] != now["data"]:
+        fixed.append(f"the training data were {saved['data']} and are {now['data']}")
+    if fixed and not allow_change:
+        raise CheckpointError(
+            "MD-CKPT-026",
+            f"The checkpoint belongs to another run than the one asked for: {'; '.join(fixed)}. Restore these, train "
+            "under another name=, or say allow_change=true to go on regardless (the result is then neither run's).",
+        )
+    return fixed + [text for key, text in changed.items() if text not in fixed]
+
+
+def _flat(node: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(node, Mapping):
+        return {prefix.rstrip("."): node}
+    return {key: value for name, child in node.items() for key, value in _flat(child, f"{prefix}{name}.").items()}

@@ -1,0 +1,83 @@
+import json
+import shutil
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from PIL import Image
+from test_data import png
+
+from minidiff import checkpoint
+from minidiff.doctor import environment
+from minidiff.doctor.__main__ import main
+
+
+def test_A10_a_sound_machine_has_no_problems(capsys):
+    assert main([]) in (0, 6)  # the disk of whoever runs this may be full
+    shown = capsys.readouterr().out
+    assert "ok       torch " in shown and "hydra-core" in shown and "device" in shown
+
+
+def test_A10_mismatched_libraries_a_full_disk_and_an_old_python_are_problems(monkeypatch):
+    def broken(name):
+        raise RuntimeError("no operator torchvision::nms") if name == "torchvision" else ImportError("gone")
+
+    monkeypatch.setattr(environment.importlib, "import_module", broken)
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(environment.sys, "version_info", (3, 14, 0))
+    bad = "\n".join(finding.text for finding in environment.examine() if not finding.good)
+    for words in (
+        "3.11 to 3.13",
+        "torchvision does not go with the torch",
+        "pip install",
+        "datasets cannot be imported",
+    ):
+        assert words in bad
+    assert "0.0 GiB free in ." in bad and "--shm-size" in bad
+
+
+@pytest.fixture
+def dirty(tmp_path):
+    """40 rows: one broken, ten without caption, half of the others the same picture."""
+    images = [{"bytes": png((i, i, i) if i % 2 else (7, 7, 7), (40, 40)), "path": None} for i in range(40)]
+    images[3] = {"bytes": b"rubbish", "path": None}
+    table = {"image": images, "captions": [None] * 10 + [f"a {i}" for i in range(30)]}
+    rows = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image(decode=False))
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "rows.parquet")
+    return tmp_path / "rows.parquet"
+
+
+def test_C10_C9_dirty_data_are_described_and_shown(dirty, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data=parquet", f"data.path={dirty}", "image_size=64"]) == 3
+    shown = capsys.readouterr().out
+    for words in ("cannot be read, such as row", "have no caption", "smaller than image_size=64", "copies of another"):
+        assert any(line.startswith("PROBLEM") and words in line for line in shown.splitlines()), (words, shown)
+    Image.open(tmp_path / "doctor_data.png").verify()
+
+
+def test_A10_a_run_is_looked_over(tiny_run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(tiny_run, copy)
+    assert main([f"run={copy}"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("is whole", "x0 from", "one batch, 60 updates", "alpha/sigma", "with an exact denoiser", "averaged"):
+        assert sum(line.startswith("ok") and words in line for line in shown.splitlines()) == 1, (words, shown)
+    newest = checkpoint.latest(copy / "checkpoints")
+    saved = checkpoint.load(newest, ["model", "ema", "optimizer"])
+    checkpoint.save(copy / "checkpoints", 4, saved.tensors, saved.state | {"ema_updates": 0})
+    assert main([f"run={copy}"]) == 4
+    assert "PROBLEM  100.0% of the averaged weights are still the random initial ones" in capsys.readouterr().out
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 5, "loss": float("nan")}) + "\n")
+    main([f"run={copy}"])
+    assert "1 not finite (first: 5)" in capsys.readouterr().out
+    (newest / "ema.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning):
+        assert main([f"run={copy}"]) == 4
+    assert capsys.readouterr().out.count("is whole") == 1
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run=x", "data=shapes"]])
+def test_A1_the_doctor_says_how_it_is_asked(arguments, capsys):
+    assert main(arguments) == 2 and "python -m minidiff.doctor" in capsys.readouterr().err

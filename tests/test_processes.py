@@ -1,0 +1,134 @@
+"""Several processes (gloo, on a CPU): the same run, divided."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, train
+
+from minidiff import checkpoint
+
+pytestmark = pytest.mark.slow
+OPTIONS = [
+    "steps=3",
+    "batch_size=12",
+    "every.preview=3",
+    "every.validate=3",
+    "every.save=3",
+    "optim=adamw",
+    "data.n=24",
+]
+BIN = Path(sys.executable).parent
+
+
+def launch(cwd: Path, *arguments: str, launcher: str = "torchrun") -> subprocess.Popen:
+    command = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"],
+        "accelerate": [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+        + ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "--num_cpu_threads_per_process=1"],
+    }[launcher]
+    return subprocess.Popen(
+        [*command, str(ROOT / "train.py"), *TINY_RUN, *OPTIONS, *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(child: subprocess.Popen, timeout: float = 240) -> str:
+    try:
+        return child.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        raise AssertionError("it hangs: " + child.communicate()[0]) from None
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def require_close(one: Path, two: Path, step: int = 3) -> None:
+    """Averages of halves differ from averages of wholes in the last bits, and AdamW carries that into the weights."""
+    a, b = (checkpoint.load(x / "checkpoints" / f"step_{step:08d}", ["model", "ema"]) for x in (one, two))
+    for part in a.tensors:
+        for name, x in a.tensors[part].items():
+            torch.testing.assert_close(x, b.tensors[part][name], rtol=0, atol=5e-4, msg=lambda m, n=name: f"{n}: {m}")
+    for x, y in zip(lines(one), lines(two), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("launcher, accumulate", [("torchrun", 1), ("accelerate", 3)])
+def test_F7_R10_two_processes_make_the_updates_of_one(launcher, accumulate, tmp_path):
+    one = train(tmp_path / "one", *OPTIONS, f"accumulate={accumulate}")
+    child = launch(tmp_path, f"accumulate={accumulate}", launcher=launcher)
+    shown = finish(child)
+    assert child.returncode == 0, shown
+    two = tmp_path / "runs" / "shapes"
+    require_close(one, two)
+    # only the first process writes and speaks
+    assert shown.count("step 3/3") == 1 and shown.count("no checkpoint found") == 1 and "2 process(es)" in shown
+    assert len(list((two / "samples").iterdir())) == 2
+
+
+def test_E7_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    whole = train(tmp_path / "whole", *OPTIONS, "every.save=1", "keep=9")
+    again = tmp_path / "runs" / "shapes"
+    shutil.copytree(whole, again)
+    for step in (2, 3):
+        shutil.rmtree(again / "checkpoints" / f"step_{step:08d}")
+    child = launch(tmp_path, "every.save=1", "keep=9")
+    shown = finish(child)
+    assert child.returncode == 0 and "going on from" in shown, shown
+    require_close(whole, again)
+
+
+def wait_for(path: Path, child: subprocess.Popen) -> None:
+    for _ in range(3000):
+        if path.exists():
+            return
+        assert child.poll() is None, child.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never came")
+
+
+def ranks_of(child: subprocess.Popen) -> dict[int, int]:
+    """Returns {rank: process id} of the launched training processes."""
+    import psutil
+
+    return {
+        int(p.environ()["RANK"]): p.pid
+        for p in psutil.Process(child.pid).children(recursive=True)
+        if "RANK" in p.environ() and any(x.endswith("train.py") for x in p.cmdline())
+    }
+
+
+def test_F9_a_process_that_dies_ends_the_others_in_words_and_the_checkpoint_is_whole(tmp_path):
+    child = launch(tmp_path, "steps=100000", "every.save=2", "every.preview=1000000", "every.validate=1000000")
+    folder = tmp_path / "runs" / "shapes" / "checkpoints"
+    wait_for(folder / "step_00000002", child)
+    os.kill(ranks_of(child)[1], signal.SIGKILL)
+    shown = finish(child, timeout=120)
+    assert child.returncode != 0
+    assert "MD-RUN-002" in shown or "stopped by SIGTERM" in shown, shown
+    assert checkpoint.latest(folder) is not None and not list(folder.glob("step_*.old"))
+
+
+def test_E11_all_processes_stop_after_the_same_update(tmp_path):
+    child = launch(tmp_path, "steps=100000", "every.save=2", "every.preview=1000000", "every.validate=1000000")
+    folder = tmp_path / "runs" / "shapes" / "checkpoints"
+    wait_for(folder / "step_00000002", child)
+    os.kill(ranks_of(child)[1], signal.SIGUSR1)  # only one of them hears it
+    shown = finish(child, timeout=120)
+    assert child.returncode == 0, shown
+    assert shown.count("stopped by SIGUSR1 after step") == 1
+    assert f"after step {int(checkpoint.latest(folder).name[5:])}," in shown

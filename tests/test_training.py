@@ -1,0 +1,87 @@
+"""What goes wrong in the middle of a training, end to end."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import train
+
+from minidiff import checkpoint
+from minidiff.errors import MachineError, NumericsError
+from minidiff.tasks.diffusion import TextToImage
+
+FAST = ["every.preview=100", "every.validate=100", "every.save=100", "data.n=24", "optim=adamw"]
+
+
+def poison(monkeypatch, updates: set[int]) -> None:
+    original, count = TextToImage.loss, iter(range(1000))
+
+    def loss(self, batch):
+        value, extra = original(self, batch)
+        return (value * math.nan if next(count) in updates else value), extra
+
+    monkeypatch.setattr(TextToImage, "loss", loss)
+
+
+def test_F2_F3_F6_R6_a_transient_nan_is_seen_in_the_log_and_in_no_weight(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {1})
+    run = train(tmp_path, *FAST, "steps=4", "every.log=4")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]  # the bad step is logged although its turn had not come
+    assert math.isnan(rows[0]["loss"]) and rows[0]["left_out"] == 1 and math.isfinite(rows[1]["loss"])
+    saved = checkpoint.load(run / "checkpoints" / "step_00000004", ["model", "ema", "optimizer"])
+    assert all(x.isfinite().all() for named in saved.tensors.values() for x in named.values())
+    assert saved.state["ema_updates"] == 3 and saved.state["samples_seen"] == 32
+    assert "warning: step 2 is not finite (loss nan" in capsys.readouterr().out
+
+
+def test_R6_F1_a_run_that_stays_nan_stops_and_keeps_its_last_checkpoint(tmp_path, monkeypatch):
+    poison(monkeypatch, {2, 3, 4, 5})
+    with pytest.raises(NumericsError, match="MD-NUM-001.*step 5.*Rows of the last update: "):
+        train(tmp_path, *FAST, "steps=9", "every.save=2")
+    newest = checkpoint.latest(tmp_path / "runs" / "shapes" / "checkpoints")
+    assert newest.name == "step_00000004"
+    assert checkpoint.load(newest, []).state["ema_updates"] == 2
+
+
+def test_G5_R9_a_preview_that_fails_is_a_warning_and_changes_nothing(tmp_path, monkeypatch, capsys):
+    whole = train(tmp_path / "whole", *FAST, "steps=3", "every.preview=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(TextToImage, "preview", lambda *_: 1 / 0)
+        failed = train(tmp_path / "failed", *FAST, "steps=3", "every.preview=1")
+    assert capsys.readouterr().out.count("warning: no preview at step") == 4
+    a, b = (checkpoint.load(x / "checkpoints" / "step_00000003", ["model", "ema"]).tensors for x in (whole, failed))
+    assert all(torch.equal(x, b[part][name]) for part in a for name, x in a[part].items())
+
+
+def test_F12_out_of_memory_in_the_middle_leaves_the_checkpoint_and_says_what_to_do(tmp_path, monkeypatch):
+    original, count = TextToImage.loss, iter(range(100))
+
+    def loss(self, batch):
+        if next(count) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, batch)
+
+    monkeypatch.setattr(TextToImage, "loss", loss)
+    with pytest.raises(MachineError, match="MD-ENV-004.*batch_size=8 and image_size=32"):
+        train(tmp_path, *FAST, "steps=9", "every.save=2")
+    assert checkpoint.latest(tmp_path / "runs" / "shapes" / "checkpoints").name == "step_00000002"
+
+
+def test_G1_a_prompt_of_10_000_letters_is_drawn_and_captioned_in_no_time(tiny_run):
+    import minidiff
+    from minidiff.viz import grid
+
+    pipe, prompt = minidiff.load(tiny_run, device="cpu"), "x" * 10_000
+    image = pipe(prompt, steps=1)[0]
+    assert pipe.text.tokenizer.lost(prompt) and grid([image], [prompt]).height < 3000
+
+
+def test_E2_a_disk_without_room_for_one_checkpoint_is_said_before_training(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("minidiff.machine.shutil.disk_usage", lambda _: SimpleNamespace(free=4_000_000))
+    with pytest.raises(MachineError, match="MD-ENV-005.*4 MiB free.*takes about 4"):  # 0.29 M parameters
+        train(tmp_path, *FAST, "steps=1")
+    assert not list(tmp_path.rglob("step_*"))
