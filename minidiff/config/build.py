@@ -12,7 +12,20 @@ from types import UnionType
 from minidiff.errors import InputError, did_you_mean
 
 # The rooms whose functions and classes a configuration may name. They compute or read; none of them writes or deletes.
-ROOMS = ("tasks", "pipeline", "nn", "process", "objective", "samplers", "grids", "guidance", "space", "text", "data", "optim")
+ROOMS = (
+    "tasks",
+    "pipeline",
+    "nn",
+    "process",
+    "objective",
+    "samplers",
+    "grids",
+    "guidance",
+    "space",
+    "text",
+    "data",
+    "optim",
+)
 
 
 def build(node: Mapping | list | object) -> object:
