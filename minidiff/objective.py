@@ -43,10 +43,19 @@ class Eps(Objective):
 
 @dataclass(frozen=True)
 class X0(Objective):
-    """The data."""
+    """The data.
+
+    With `shrink`, the network sees alpha·xt: for data of unit variance the linear least-squares estimate of x0. Where
+    nothing is left of the data it then sees no noise either, and has only the condition to go by.
+    """
+
+    shrink: bool = False
 
     def pair(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
         return 1.0, 0.0
+
+    def input_scale(self, alpha: Tensor, sigma: Tensor) -> Coefficient:
+        return alpha if self.shrink else 1.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from minidiff.process import EDM, Cosine, Flow, Linear, ScaledLinear, Sigmoid, Z
 from minidiff.toy import ExactNet, GaussianMixture
 
 PROCESSES = [Linear(), ScaledLinear(), Cosine(), Sigmoid(), Flow(), EDM(), ZeroTerminalSNR(ScaledLinear())]
-OBJECTIVES = [Eps(), X0(), V(), FlowVelocity(), Edm()]
+OBJECTIVES = [Eps(), X0(), X0(shrink=True), V(), FlowVelocity(), Edm()]
 PAIRS = [
     pytest.param(p, o, id=f"{type(p).__name__}-{type(o).__name__}")
     for p in PROCESSES

@@ -9,7 +9,7 @@ from minidiff.objective import X0, Edm, Eps, FlowVelocity, MinSNR, Uniform, V, V
 from minidiff.process import EDM, Cosine, Flow, Linear, ScaledLinear, Sigmoid, ZeroTerminalSNR
 
 PROCESSES = [Linear(), ScaledLinear(), Cosine(), Sigmoid(), Flow(), EDM(), ZeroTerminalSNR(ScaledLinear())]
-OBJECTIVES = [Eps(), X0(), V(), FlowVelocity(), Edm()]
+OBJECTIVES = [Eps(), X0(), X0(shrink=True), V(), FlowVelocity(), Edm()]
 every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 
