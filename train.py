@@ -73,6 +73,7 @@ class Run:
         self.start = 0 if came_from is None else self.restore(came_from)
 
         source, self.batches, self.validation = self.open_data()
+        self.task.measure(self.validation)
         compiled = compile_network(self.model, values["compile"], self.accelerator.device)
         if self.accelerator.num_processes > 1:
             self.task.model = self.accelerator.prepare_model(self.model)
@@ -195,6 +196,7 @@ class Run:
 
         saved = checkpoint.load(folder, ["model", "ema", "optimizer"])
         load_model(self.model, saved.tensors["model"])
+        self.task.restore(saved.state["contract"])
         self.ema.load_state_dict(saved.tensors["ema"], saved.state["ema_updates"])
         groups = saved.state["optimizer_groups"]
         moments = unflatten_optimizer(self.optimizer, self.model, saved.tensors["optimizer"], groups)

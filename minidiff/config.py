@@ -21,7 +21,8 @@ from types import UnionType
 from minidiff.errors import InputError, MinidiffError, did_you_mean
 
 CONF = Path(__file__).resolve().parents[1] / "conf"  # of a checkout
-TEXTS = ("prompt", "negative", "out", "run", "prompts", "name", "resume", "data.path")  # free text on the command line
+TEXTS = ("prompt", "negative", "out", "run", "prompts", "name", "resume", "data.path", "lora")
+TEXTS += ("space.vae", "text.folder")  # free text on the command line
 
 # The scalars that every training understands: type, and the range that makes sense.
 TRAIN_RANGES = {
@@ -41,7 +42,7 @@ TRAIN_RANGES = {
     "optim.warmup": (int, 0, 10**9),
     "optim.weight_decay": (float, 0.0, 10.0),
 }
-SAMPLE_RANGES = {"n": (int, 1, 100_000), "seed": (int, 0, 2**63 - 1)}
+SAMPLE_RANGES = {"n": (int, 1, 100_000), "seed": (int, 0, 2**63 - 1), "lora_scale": (float, -100.0, 100.0)}
 CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "device": ("auto", "cpu", "cuda", "mps"),

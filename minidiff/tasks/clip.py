@@ -63,6 +63,12 @@ class ContrastivePretraining:
     def learn_words(self, captions: Iterable[str]) -> None:
         """Nothing to remember: the encoder takes any word."""
 
+    def measure(self, batches: Sequence[Batch]) -> None:
+        """Nothing to measure: pictures are taken as they are."""
+
+    def restore(self, contract: Mapping) -> None:
+        """Nothing to restore but weights."""
+
     def contract(self, recipe: Mapping) -> dict:
         """Returns what a checkpoint must say about the model."""
         return {"clip": dict(recipe)}

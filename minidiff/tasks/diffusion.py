@@ -95,6 +95,14 @@ class TextToImage:
         """Remembers the words of the training captions, so that sampling can name those it has never seen."""
         self.pipeline.vocabulary = frozenset(word for caption in captions for word in words(caption))
 
+    def measure(self, batches: Sequence[Batch]) -> None:
+        """Lets the space measure what it must know of the data, unless a checkpoint has told it."""
+        self.pipeline.space.measure(batch.x(self.pipeline.device) for batch in batches)
+
+    def restore(self, contract: Mapping) -> None:
+        """Takes from a checkpoint what the space had measured; raises CheckpointError if it is another space."""
+        self.pipeline.space.restore(contract.get("space", {}))
+
     def contract(self, recipe: Mapping) -> dict:
         """Returns what a checkpoint must say for `minidiff.load`; `recipe` is the configuration of this task."""
         return contract(self.pipeline, recipe["pipeline"])
