@@ -277,6 +277,11 @@ def test_what_has_no_counterpart_is_named_before_anything_is_written(tiny_run, f
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
+def test_spacings_of_a_table_need_a_table(tiny_run):
+    with pytest.raises(InputError, match="MD-SAMPLE-005.*Cosine"):
+        minidiff.load(tiny_run, device="cpu")("a star", grid=grids.leading)
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "scheduler", "text_encoder", "tokenizer"])
 def test_a_missing_part_is_named(copy, part):
     folder = copy("sd1")
