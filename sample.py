@@ -2,7 +2,9 @@
 
     python sample.py run=runs/shapes prompt="a large red star on a navy background" seed=7
     python sample.py run=runs/shapes prompts=prompts.txt n=4 steps=50 guidance=3 sampler=heun
+    python sample.py run=stable-diffusion-v1-5 prompt="a small red boat" lora=boats.safetensors lora_scale=0.8
 
+`run` is a run of ours or a Stable Diffusion folder in the layout of diffusers.
 Each PNG carries in its metadata what is needed to make it again: prompt, seed, sampler, steps, guidance, run, version.
 """
 
@@ -26,6 +28,9 @@ def main(values: dict) -> None:
     from minidiff.pipeline import to_pil
 
     pipe = minidiff.load(values["run"], weights=values["weights"], device=values["device"])
+    if values["lora"] is not None:
+        net = pipe.denoiser.net
+        minidiff.interop.load_lora(values["lora"], net).merge(net, values["lora_scale"])
     for prompt in dict.fromkeys(prompts):
         for remark in remarks(pipe, prompt):
             print(remark)
@@ -40,7 +45,8 @@ def main(values: dict) -> None:
         batch_size=values["batch_size"],
         **settings,
     )
-    how = describe(pipe.sampling.but(**settings)) | {"negative": values["negative"], "weights": values["weights"]}
+    how = describe(pipe.sampling.but(**settings))
+    how |= {name: values[name] for name in ("negative", "weights", "lora", "lora_scale")}
     made = [
         (to_pil(image), {"prompt": prompt, "seed": seed} | how | {"run": pipe.name, "minidiff": minidiff.__version__})
         for image, (prompt, seed) in zip(images, jobs, strict=True)

@@ -109,6 +109,7 @@ class Run:
         self.fingerprint = self.source.fingerprint()
         changes = self.what_changed(saved)
         self.batches, self.validation, remarks = self.open_data()
+        self.task.measure(self.validation)
         compiled = compile_network(self.model, values["compile"], self.accelerator.device)
         self.trained = self.model  # what the loop trains: wrapped when gradients come from several processes
         if self.accelerator.num_processes > 1:
@@ -300,6 +301,7 @@ class Run:
 
         saved = checkpoint.load(folder, ["model", "ema", "optimizer"])
         load_model(self.model, saved.tensors["model"])
+        self.task.restore(saved.entry("contract"))
         groups = saved.entry("optimizer_groups")
         self.ema.load_state_dict(saved.tensors["ema"], saved.entry("ema_updates"))
         moments = unflatten_optimizer(self.optimizer, self.model, saved.tensors["optimizer"], groups)

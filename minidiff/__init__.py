@@ -21,7 +21,14 @@ def __getattr__(name: str):
 
 
 def load(path: str | Path, weights: str = "ema", device: str = "auto"):
-    """Loads a run folder or a checkpoint folder as a `Pipeline`; see `minidiff.pipeline.load`."""
-    from minidiff.pipeline import load as load_pipeline  # here, so that `import minidiff` stays light
+    """Loads a run folder, a checkpoint folder, or a Stable Diffusion folder in the layout of diffusers as a `Pipeline`.
 
-    return load_pipeline(path, weights, device)
+    A run has two sets of `weights`, "ema" and "raw"; other folders have one. Raises as `minidiff.pipeline.load` and
+    `minidiff.interop.load_pipeline` do.
+    """
+    from minidiff import interop, pipeline  # here, so that `import minidiff` stays light
+    from minidiff.machine import resolve_device
+
+    if interop.is_pipeline(path):
+        return interop.load_pipeline(path).to(resolve_device(device))
+    return pipeline.load(path, weights, device)

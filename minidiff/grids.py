@@ -44,7 +44,9 @@ def karras(process: Process, n: int, rho: float = 7.0) -> Float[Tensor, " times"
     return _times(process, torch.linspace(start, end, n, dtype=torch.float64) ** rho)
 
 
-def leading(process: Table, n: int, *, offset: int = 0, spare: bool = False, end: int = -1) -> Float[Tensor, " times"]:
+def leading(
+    process: Process, n: int, *, offset: int = 0, spare: bool = False, end: int = -1
+) -> Float[Tensor, " times"]:
     """Returns entries in equal whole steps, up from `offset`; the noisiest entries are not visited."""
     _check(process, n + spare)
     step = process.n // (n + spare)
@@ -52,7 +54,7 @@ def leading(process: Table, n: int, *, offset: int = 0, spare: bool = False, end
 
 
 def linspace(
-    process: Table, n: int, *, whole: bool = True, spare: bool = False, end: int = -1
+    process: Process, n: int, *, whole: bool = True, spare: bool = False, end: int = -1
 ) -> Float[Tensor, " times"]:
     """Returns entries in equal steps from the noisiest to the cleanest, rounded if `whole`."""
     _check(process, n + spare)
@@ -61,7 +63,7 @@ def linspace(
     return _entries(process, entries.round() if whole else entries, end)
 
 
-def trailing(process: Table, n: int, *, end: int = -1) -> Float[Tensor, " times"]:
+def trailing(process: Process, n: int, *, end: int = -1) -> Float[Tensor, " times"]:
     """Returns entries in equal steps down from the noisiest, rounded: made for zero terminal SNR (Lin et al. 2023)."""
     _check(process, n)
     return _entries(process, (process.n - torch.arange(n).double() * (process.n / n)).round() - 1, end)
@@ -71,7 +73,14 @@ def _entries(process: Table, entries: Tensor, end: int) -> Float[Tensor, " times
     return process.t_of_tau(torch.cat([entries.double(), entries.new_tensor([end]).double()]))
 
 
-def _check(process: Table, n: int) -> None:
+def _check(process: Process, n: int) -> None:
+    if not isinstance(process, Table):
+        raise InputError(
+            "MD-SAMPLE-005",
+            f"The spacings leading, linspace and trailing choose among the entries of a table of noise levels, and the "
+            f"process {type(process).__name__} has none. Take grid=log_snr, karras or uniform, or train with "
+            "process=table.",
+        )
     if n > process.n:
         raise InputError(
             "MD-SAMPLE-004",

@@ -28,7 +28,7 @@ from minidiff.objective import Objective
 from minidiff.process import Process
 from minidiff.samplers import State
 from minidiff.seeds import generator
-from minidiff.space import Pixels
+from minidiff.space import Space
 from minidiff.state import load_model
 from minidiff.text import TextEncoder
 
@@ -84,7 +84,7 @@ class Snapshot(NamedTuple):
 class Pipeline:
     """A trained model ready to be prompted. Made by `assemble` for training and by `load` from a run."""
 
-    def __init__(self, denoiser: Denoiser, space: Pixels, text: TextEncoder, sampling: Sampling) -> None:
+    def __init__(self, denoiser: Denoiser, space: Space, text: TextEncoder, sampling: Sampling) -> None:
         self.denoiser, self.space, self.text, self.sampling = denoiser, space, text, sampling
         self.vocabulary: frozenset[str] = frozenset()  # words of the training captions
         self.name = ""  # of the run and checkpoint, for the metadata of pictures
@@ -95,6 +95,7 @@ class Pipeline:
 
     def to(self, device: torch.device | str) -> "Pipeline":
         self.denoiser.to(device)
+        self.space.to(device)
         self.text.to(device)
         return self
 
@@ -199,22 +200,27 @@ def assemble(
     process: Process,
     objective: Objective,
     weighting: Callable,
-    space: Pixels,
+    space: Space,
     text: TextEncoder,
     sampling: Sampling,
 ) -> Pipeline:
-    """Puts the parts together: the network gets its channels from the space and its widths from the text encoder."""
+    """Puts the parts together: the network gets its channels from the space and its widths from the text encoder.
+
+    Latents have no bounds to keep x0_hat in, so without a threshold there they are left as they are.
+    """
     channels = space.shape[0]
     unet = net(in_channels=channels, out_channels=channels, token_dim=text.token_dim, vector_dim=text.vector_dim)
-    unit = space.patch * unet.multiple
+    unit = space.factor * unet.multiple
     if space.image_size % unit:
         low = space.image_size // unit * unit
         raise InputError(
             "MD-NET-004",
-            f"image_size={space.image_size} does not fit the network: with space.patch={space.patch} and a UNet that "
-            f"halves its map {unet.multiple.bit_length() - 1} time(s), it must be a multiple of {unit}. The nearest "
-            f"sizes are {low or unit} and {low + unit}.",
+            f"image_size={space.image_size} does not fit the network: with {space.factor}×{space.factor} pixels to a "
+            f"position (space) and a UNet that halves its map {unet.multiple.bit_length() - 1} time(s), it must be a "
+            f"multiple of {unit}. The nearest sizes are {low or unit} and {low + unit}.",
         )
+    if not space.bounded:
+        sampling = sampling.but(threshold=1.0 if sampling.threshold is None else sampling.threshold)
     return Pipeline(Denoiser(unet, process, objective, weighting), space, text, sampling)
 
 
@@ -223,6 +229,7 @@ def contract(pipeline: Pipeline, recipe: Mapping) -> dict:
     return {
         "pipeline": recipe,
         "text_identity": pipeline.text.identity,
+        "space": pipeline.space.state(),
         "vocabulary": sorted(pipeline.vocabulary),
     }
 
@@ -231,7 +238,7 @@ def load(path: str | Path, weights: str = "ema", device: str = "auto") -> Pipeli
     """Loads a pipeline from a run folder (its newest whole checkpoint) or from one checkpoint folder.
 
     `weights` is "ema" or "raw". Raises CheckpointError if the run is missing, damaged, or was trained with another
-    text encoder.
+    text encoder or autoencoder.
     """
     if weights not in ("ema", "raw"):
         raise InputError("MD-SAMPLE-003", f"weights={weights} is unknown; choose ema (the running average) or raw.")
@@ -251,6 +258,7 @@ def load(path: str | Path, weights: str = "ema", device: str = "auto") -> Pipeli
             "is what its recipe gives here, so prompts would mean something else. Restore that encoder's weights, or "
             "train again with this one.",
         )
+    pipeline.space.restore(terms.get("space", {}))  # runs of before there were latents say nothing
     load_model(pipeline.denoiser.net, saved.tensors[part])
     pipeline.denoiser.eval().requires_grad_(False)
     pipeline.vocabulary = frozenset(terms["vocabulary"])

@@ -1,15 +1,25 @@
-"""The space that diffusion runs in: pixels here, latents of an autoencoder elsewhere.
+"""The space that diffusion runs in: the pixels themselves, or the latents of a frozen autoencoder.
 
     x0 = space.encode(images)        images = space.decode(x0)
 
-Images are (b, 3, h, w) in [−1, 1]. `space.shape` is the shape of one x0, which the network and the samplers work on.
+Images are (b, 3, h, w) in [−1, 1]. `space.shape` is the shape of one x0, which the network and the samplers work on;
+`factor` pixels, in height and in width, share one of its positions. What a space has measured or was built on is its
+`state`, plain JSON that a checkpoint keeps and `restore` demands back.
 """
 
+from collections.abc import Iterable, Mapping
+
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.errors import InputError
+from minidiff.errors import CheckpointError, InputError, NumericsError
+from minidiff.nn.tiny_vae import TinyVAE
+from minidiff.nn.vae import VAE
+from minidiff.state import fingerprint
+
+BATCH = 8  # pictures that pass an autoencoder at once: at full resolution it needs far more memory than the UNet
 
 
 class Pixels:
@@ -19,6 +29,8 @@ class Pixels:
     resolution where small machines are fast (Hoogeboom et al. 2023, "simple diffusion", §3).
     """
 
+    bounded = True  # x0 lies in [−1, 1], where samplers may keep their estimates
+
     def __init__(self, image_size: int, patch: int = 1) -> None:
         if image_size % patch:
             low = image_size // patch * patch
@@ -27,11 +39,108 @@ class Pixels:
                 f"image_size={image_size} cannot be cut into patches of {patch}×{patch} pixels (space.patch): it "
                 f"must be a multiple of {patch}. The nearest sizes are {low or patch} and {low + patch}.",
             )
-        self.image_size, self.patch = image_size, patch
+        self.image_size, self.patch, self.factor = image_size, patch, patch
         self.shape = (3 * patch**2, image_size // patch, image_size // patch)
+
+    def to(self, device: torch.device | str) -> "Pixels":
+        return self
 
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
         return rearrange(images, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
 
     def decode(self, x0: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
         return rearrange(x0, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
+
+    def measure(self, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> None:
+        """Does nothing: pixels are what they are."""
+
+    def state(self) -> dict:
+        return {}
+
+    def restore(self, state: Mapping) -> None:
+        """Does nothing: there was nothing to keep."""
+
+
+class Latents:
+    """The latents of a frozen autoencoder, shifted and scaled: x0 = (z − shift)·scale (Rombach et al. 2022, §3.2).
+
+    z is the posterior's mean where there is a posterior, so that a picture always has the same latents. Scale and
+    shift are the autoencoder's own, or with `measured` one over the standard deviation of all numbers of the latents
+    that `measure` sees (Rombach et al., app. G), so that diffusion starts from data of unit variance. Nothing here is
+    trained. Raises InputError (MD-SPACE-002) for a size that the autoencoder cannot halve evenly.
+    """
+
+    bounded = False
+
+    def __init__(self, vae: VAE | TinyVAE, image_size: int, *, measured: bool = False) -> None:
+        if image_size % vae.factor or image_size < 1:
+            low = image_size // vae.factor * vae.factor
+            raise InputError(
+                "MD-SPACE-002",
+                f"image_size={image_size} does not fit the autoencoder, which makes one position of its latents of "
+                f"{vae.factor}×{vae.factor} pixels: it must be a multiple of {vae.factor}. The nearest sizes are "
+                f"{low or vae.factor} and {low + vae.factor}.",
+            )
+        self.vae, self.image_size, self.factor = vae.eval().requires_grad_(False), image_size, vae.factor
+        self.shape = (vae.latent_channels, image_size // vae.factor, image_size // vae.factor)
+        self.waiting = measured  # for `measure` or `restore`
+        self.identity = fingerprint(vae.state_dict())
+
+    def to(self, device: torch.device | str) -> "Latents":
+        self.vae.to(device)
+        return self
+
+    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return (self._code(images) - self.vae.shift) * self.vae.scale
+
+    @torch.no_grad()
+    def decode(self, x0: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
+        z = x0 / self.vae.scale + self.vae.shift
+        with torch.autocast(z.device.type, enabled=False):
+            return torch.cat([self.vae.decode(part) for part in z.float().split(BATCH)])
+
+    @torch.no_grad()
+    def _code(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
+        # Never in half precision: Stable Diffusion's encoder overflows in float16, and latents are data.
+        with torch.autocast(images.device.type, enabled=False):
+            coded = [self.vae.encode(part) for part in images.float().split(BATCH)]
+        return torch.cat([z if isinstance(z, Tensor) else z.mean for z in coded])
+
+    def measure(self, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> None:
+        """Sets scale to one over the standard deviation of the pictures' latents, if it is still to be measured.
+
+        Raises NumericsError (MD-SPACE-003) if there is none: no pictures, or latents that are all alike.
+        """
+        if not self.waiting:
+            return
+        count, total, squares = 0, 0.0, 0.0
+        for images in batches:
+            z = self._code(images).double()
+            count, total, squares = count + z.numel(), total + z.sum().item(), squares + z.square().sum().item()
+        variance = squares / count - (total / count) ** 2 if count else 0.0
+        if not 0 < variance < float("inf"):
+            raise NumericsError(
+                "MD-SPACE-003",
+                f"The latents of {count} numbers have the variance {variance}, so they cannot be scaled to 1: there "
+                "are no pictures, or the autoencoder answers all of them alike or with numbers that are not finite. "
+                "Check that space.vae names trained weights, and that the pictures lie in [−1, 1].",
+            )
+        self.vae.scale, self.vae.shift, self.waiting = variance**-0.5, 0.0, False
+
+    def state(self) -> dict:
+        """Returns which autoencoder this is, and what turns its z into x0."""
+        return {"autoencoder": self.identity, "scale": self.vae.scale, "shift": self.vae.shift}
+
+    def restore(self, state: Mapping) -> None:
+        """Takes scale and shift from a checkpoint; raises CheckpointError (MD-SPACE-004) for another autoencoder."""
+        if state.get("autoencoder") != self.identity:
+            raise CheckpointError(
+                "MD-SPACE-004",
+                f"The model was trained on the latents of the autoencoder {state.get('autoencoder')}, and "
+                f"{self.identity} is what space.vae names now, so its latents would mean something else. Put the "
+                "autoencoder's files back, or train again with this one.",
+            )
+        self.vae.scale, self.vae.shift, self.waiting = state["scale"], state["shift"], False
+
+
+Space = Pixels | Latents

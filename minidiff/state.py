@@ -6,9 +6,11 @@ PyTorch keys an optimizer's state by position, so that a reordered model would s
 parameter's moments; here it is keyed by name.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -91,3 +93,13 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     require_fit("weights", saved=tensors, model={plain_name(name): x for name, x in own.items()})
     model.load_state_dict({name: tensors[plain_name(name)] for name in own})
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Returns 16 hexadecimal digits that change with any name or bit of the tensors: which frozen network this is."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        raw = value.detach().cpu().contiguous()
+        digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.ndim else str(raw).encode())
+    return digest.hexdigest()[:16]

@@ -11,7 +11,6 @@ guidance.
 tokenizer of its own (`minidiff.interop.text` reads and writes it).
 """
 
-import hashlib
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from minidiff import checkpoint
 from minidiff.cond import Cond
 from minidiff.errors import InputError, MachineError
 from minidiff.resources import bundled
-from minidiff.state import load_model
+from minidiff.state import fingerprint, load_model
 
 TINY = "minidiff-tiny"  # our own OpenCLIP configuration, data/clip_shapes/minidiff-tiny.json
 # Captions encoded at once, the last ones filled up with empty ones. Always as many, because the last bits of a matrix
@@ -120,7 +119,7 @@ class TextEncoder:
         self._clip, self._layer = clip.float().requires_grad_(False), layer
         self._memory: dict[str, tuple[Tensor, Tensor]] = {}
         self.device = torch.device("cpu")
-        self.identity = _fingerprint(clip, model, layer)
+        self.identity = f"{model}/{layer}/{fingerprint(clip.state_dict())}"  # by what it computes
         null = self([""])
         self.token_dim, self.vector_dim = null.tokens.shape[2], null.vector.shape[1]
 
@@ -156,15 +155,6 @@ class TextEncoder:
         vectors = vectors * vectors.shape[1] ** 0.5  # unit length → unit variance, as every other network input
         for i, (caption, length) in enumerate(zip(captions, self.tokenizer.lengths(ids).tolist(), strict=False)):
             self._memory[caption] = (tokens[i, :length].clone(), vectors[i])
-
-
-def _fingerprint(clip: nn.Module, model: str, layer: int) -> str:
-    """Names an encoder by what it computes: model, layer and a hash of its weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(clip.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else str(value).encode())
-    return f"{model}/{layer}/{digest.hexdigest()[:16]}"
 
 
 def tiny(weights: str | Path | None = None, layer: int = -1) -> TextEncoder:
@@ -243,10 +233,11 @@ class Tower(TextEncoder):
 
     All `length` positions are tokens, padding too: Stable Diffusion was trained to look at them, so there is no mask.
     Tokens are the last layer's after the final norm (`last_hidden_state`), and the vector is the end token among them,
-    projected if there is a projection (`text_embeds`, else `pooler_output`). Weights are random until loaded.
+    projected if there is a projection (`text_embeds`, else `pooler_output`); without `pooled` there is none, because
+    Stable Diffusion's UNets do not hear it. Weights are random until loaded.
     """
 
-    def __init__(self, shape: TowerShape, tokenizer: TowerTokenizer) -> None:
+    def __init__(self, shape: TowerShape, tokenizer: TowerTokenizer, *, pooled: bool = True) -> None:
         with _open_clip():
             from open_clip.transformer import QuickGELU, TextTransformer
 
@@ -266,7 +257,7 @@ class Tower(TextEncoder):
         self.shape, self.tokenizer = shape, tokenizer
         self._clip = clip.eval().requires_grad_(False)
         self._memory, self.device = {}, torch.device("cpu")
-        self.token_dim, self.vector_dim = shape.width, shape.projection or shape.width
+        self.token_dim, self.vector_dim = shape.width, (shape.projection or shape.width) if pooled else None
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -280,15 +271,15 @@ class Tower(TextEncoder):
 
     @property
     def identity(self) -> str:
-        return _fingerprint(self._clip, f"tower-pad-{self.tokenizer.pad}", -1)
+        return f"tower-pad-{self.tokenizer.pad}/-1/{fingerprint(self.weights)}"
 
     def __call__(self, captions: Sequence[str]) -> Cond:
-        """Returns tokens (b, l, d) and vectors (b, e): float32, on the CPU, l the encoder's context."""
+        """Returns tokens (b, l, d) and, if pooled, vectors (b, e): float32, on the CPU, l the encoder's context."""
         missing = [c for c in dict.fromkeys(captions) if c not in self._memory]
         for i in range(0, len(missing), BATCH):
             self._encode(missing[i : i + BATCH])
         tokens, vectors = zip(*(self._memory[c] for c in captions), strict=True)
-        return Cond(tokens=torch.stack(tokens), vector=torch.stack(vectors))
+        return Cond(tokens=torch.stack(tokens), vector=None if self.vector_dim is None else torch.stack(vectors))
 
     @torch.no_grad()
     def _encode(self, captions: Sequence[str]) -> None:

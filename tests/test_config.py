@@ -4,6 +4,8 @@ import pytest
 
 from minidiff.config import CONF, SAMPLE_RANGES, TRAIN_RANGES, build, check, compose
 from minidiff.errors import InputError
+from minidiff.interop import save_vae
+from minidiff.nn.tiny_vae import TinyVAE
 from minidiff.process import Cosine
 from minidiff.samplers import ddim
 
@@ -91,9 +93,11 @@ def choices(group: str) -> list[str]:
 
 
 @pytest.mark.parametrize("group", ["process", "objective", "weighting", "sampler", "grid", "space"])
-def test_every_choice_of_every_group_builds(group):
+def test_every_choice_of_every_group_builds(group, tmp_path):
+    save_vae(TinyVAE(channels=4), tmp_path)
+    needs = {"latents": [f"space.vae={tmp_path}"]}
     for name in choices(group):
-        build(compose("train", [f"{group}={name}"])[group])
+        build(compose("train", [f"{group}={name}", *needs.get(name, [])])[group])
 
 
 @pytest.mark.parametrize("name", choices("experiment"))

@@ -70,6 +70,7 @@ def test_T3_flags_that_load_foreign_configurations_are_not_offered(flag, monkeyp
         {"_target_": "minidiff.log._append", "file": "MARKER", "text": "x"},
         {"_target_": "minidiff.config.write_yaml", "values": {}, "file": "MARKER"},
         {"_target_": "minidiff.checkpoint.write_tensors", "file": "MARKER", "tensors": {}},
+        {"_target_": "minidiff.interop.save_unet", "net": {}, "folder": "MARKER"},
         {"_target_": "minidiff.text.TextEncoder", "model": "minidiff-tiny", "pretrained": "PICKLE"},
         {"_target_": "minidiff.text.tiny", "weights": "PICKLE"},
     ],

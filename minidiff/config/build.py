@@ -12,20 +12,9 @@ from types import UnionType
 from minidiff.errors import InputError, did_you_mean
 
 # The rooms whose functions and classes a configuration may name. They compute or read; none of them writes or deletes.
-ROOMS = (
-    "tasks",
-    "pipeline",
-    "nn",
-    "process",
-    "objective",
-    "samplers",
-    "grids",
-    "guidance",
-    "space",
-    "text",
-    "data",
-    "optim",
-)
+ROOMS = ("tasks", "pipeline", "nn", "process", "objective", "samplers", "grids", "guidance", "space", "text", "data")
+ROOMS += ("optim",)
+READERS = ("interop", "load_")  # a room that also writes, and how the names of those begin that only read
 
 
 def build(node: Mapping | list | object) -> object:
@@ -50,7 +39,7 @@ def build(node: Mapping | list | object) -> object:
 def _locate(path: str) -> Callable:
     """Imports `minidiff.room.name` and makes sure that what it finds was defined in minidiff."""
     module_name, _, name = path.rpartition(".")
-    if not _is_ours(module_name) or name.startswith("_"):
+    if not _may_build(module_name, name):
         raise InputError("MD-CONF-001", _foreign(path))
     try:
         target = getattr(importlib.import_module(module_name), name)
@@ -58,13 +47,16 @@ def _locate(path: str) -> Callable:
         raise InputError(
             "MD-CONF-002", f"The configuration asks to build '{path}', which does not exist: {error}."
         ) from error
-    if not callable(target) or not _is_ours(getattr(target, "__module__", "")):  # one of our imports from elsewhere
+    # what it was defined as counts: our rooms import from elsewhere
+    if not callable(target) or not _may_build(getattr(target, "__module__", ""), getattr(target, "__name__", "_")):
         raise InputError("MD-CONF-001", _foreign(path))
     return target
 
 
-def _is_ours(module: str) -> bool:
-    return module.split(".")[0] == "minidiff" and (*module.split("."), "")[1] in ROOMS
+def _may_build(module: str, name: str) -> bool:
+    package, room = (*module.split("."), "")[:2]
+    reads = room in ROOMS or (room == READERS[0] and name.startswith(READERS[1]))
+    return package == "minidiff" and reads and not name.startswith("_")
 
 
 def _foreign(path: str) -> str:

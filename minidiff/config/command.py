@@ -13,7 +13,8 @@ from minidiff.redact import redact, redact_values
 
 CONF = Path(__file__).resolve().parents[2] / "conf"  # of a checkout
 # free text on the command line
-TEXTS = ("prompt", "negative", "out", "run", "prompts", "name", "resume", "init", "data.path")
+TEXTS = ("prompt", "negative", "out", "run", "prompts", "name", "resume", "init", "data.path", "lora")
+TEXTS += ("space.vae", "text.folder")
 FLAGS = ("--help", "-h", "--multirun", "-m", "--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p")
 
 

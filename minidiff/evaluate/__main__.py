@@ -3,7 +3,7 @@
 Draws prompts of the held-out split, reads the pictures back and prints how often they show what was asked. Writes
 eval.json and eval.png into the run folder.
 
-    run=runs/RUN       a run folder or one of its checkpoints
+    run=runs/RUN       a run folder, one of its checkpoints, or a Stable Diffusion folder
     n=100              prompts per category
     split=heldout      compositions never trained together; or test, train
     weights=ema        or raw
@@ -51,9 +51,11 @@ def main(arguments: list[str]) -> None:
     import minidiff
     from minidiff.pipeline import find_checkpoint
 
-    checkpoint = find_checkpoint(options["run"])
+    place = Path(options["run"])
+    foreign = minidiff.interop.is_pipeline(place)
+    checkpoint = place if foreign else find_checkpoint(place)
     pipe = minidiff.load(checkpoint, weights=options["weights"], device=options["device"])
-    evaluate(pipe, options, checkpoint.parents[1])
+    evaluate(pipe, options, place if foreign else checkpoint.parents[1])
 
 
 def read(arguments: list[str]) -> dict:

@@ -35,7 +35,7 @@ def read_config(folder: str | Path, model: str, defaults: Mapping, accepted: Map
     `accepted` lists the values of options that we do not vary. Raises `InputError` that names every other value, and
     `CheckpointError` for a file that is missing or damaged.
     """
-    config, file = _read_json(Path(folder)), Path(folder) / _CONFIG
+    config, file = _read(Path(folder)), Path(folder) / _CONFIG
     flaws = []
     if config.get("_class_name", model) != model:
         flaws.append(f"_class_name={config['_class_name']!r} (only {model!r} is read here)")
@@ -52,7 +52,18 @@ def read_config(folder: str | Path, model: str, defaults: Mapping, accepted: Map
 
 def read_class(folder: str | Path) -> str | None:
     """Returns the diffusers class that `config.json` names, if it names one."""
-    return _read_json(Path(folder)).get("_class_name")
+    return _read(Path(folder)).get("_class_name")
+
+
+def read_object(file: Path) -> dict:
+    """Returns the JSON object in a file that is there; raises `CheckpointError` if it is damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(file, str(error)) from error
+    return found
 
 
 def require_supported(flaws: Sequence[str], file: Path) -> None:
@@ -195,17 +206,10 @@ def _write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         temporary.unlink(missing_ok=True)
 
 
-def _read_json(folder: Path) -> dict:
-    file = folder / _CONFIG
-    if not file.is_file():
+def _read(folder: Path) -> dict:
+    if not (folder / _CONFIG).is_file():
         raise _missing(folder, f"it has no {_CONFIG}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(file, str(error)) from error
-    return config
+    return read_object(folder / _CONFIG)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -178,7 +178,14 @@ def load_scheduler(folder: str | Path) -> Scheduler:
 
 
 def save_scheduler(scheduler: Scheduler, folder: str | Path) -> None:
-    """Writes scheduler_config.json so that the library walks the same states.
+    """Writes scheduler_config.json so that the library walks the same states; raises as `describe` does."""
+    text = json.dumps(describe(scheduler), indent=2) + "\n"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / FILE).write_text(text, encoding="utf-8")
+
+
+def describe(scheduler: Scheduler) -> dict:
+    """Returns the configuration with which a class of the library walks the same states.
 
     Raises `InputError` (MD-INTEROP-304) if none of its classes does.
     """
@@ -205,11 +212,8 @@ def save_scheduler(scheduler: Scheduler, folder: str | Path) -> None:
         } | ({family.end[0]: family.end[1]} if grid[1].get("end") == 0 else {})
         config |= {key: value for key, value in changes.items() if key in config}
         # Whatever the class cannot express has been lost by now, and shows in what would be read back.
-        if _problems(name, config) == [] and _same(_scheduler(name, config), scheduler):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"_class_name": name} | config, indent=2) + "\n"
-            (Path(folder) / FILE).write_text(text, encoding="utf-8")
-            return
+        if _problems(name, config) == [] and same(_scheduler(name, config), scheduler):
+            return {"_class_name": name} | config
     raise InputError(
         "MD-INTEROP-304",
         f"No scheduler of the ecosystem samples as {solver[0].__name__} with {grid[0].__name__} from {table} and the "
@@ -294,5 +298,6 @@ def _plain(f: Callable) -> tuple[Callable, dict]:
     return f, defaults | bound
 
 
-def _same(one: Scheduler, other: Scheduler) -> bool:
+def same(one: Scheduler, other: Scheduler) -> bool:
+    """Returns whether both are the same functions with the same options, given or not."""
     return [_plain(x) if callable(x) else x for x in one] == [_plain(x) if callable(x) else x for x in other]

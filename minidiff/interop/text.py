@@ -34,6 +34,7 @@ DEFAULTS = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
     "architectures": [PLAIN],
+    "use_attention_mask": False,  # diffusers' pipelines hide the padding if a config has this
 }
 # Modules of the transformer, theirs and ours, and of each layer, with weight and bias; attention goes apart.
 OUTSIDE = {
@@ -52,16 +53,17 @@ INSIDE = {
 QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
-def load_text(folder: str | Path) -> Tower:
+def load_text(folder: str | Path, *, pooled: bool = True) -> Tower:
     """Reads the text tower and the tokenizer of a folder in diffusers' layout (the one that holds `text_encoder`).
 
+    Without `pooled` it gives tokens only, which is all that Stable Diffusion 1 and 2 listen to.
     Raises `InputError` if a file is missing or no JSON (MD-INTEROP-401), for a tower of another kind (-402), for
     weights that are not the config's (-403), and for a tokenizer without the tokens it needs (-404), and
     `CheckpointError` for a damaged file of weights. Nothing is unpickled.
     """
     folder = Path(folder)
     shape = _shape(folder / ENCODER / "config.json")
-    tower = Tower(shape, _tokenizer(folder / TOKENIZER, shape))
+    tower = Tower(shape, _tokenizer(folder / TOKENIZER, shape), pooled=pooled)
     file = folder / ENCODER / WEIGHTS
     if not file.is_file():
         raise InputError(
@@ -180,6 +182,7 @@ def _shape(file: Path) -> TowerShape:
         "architectures": kind not in (PLAIN, PROJECTED),
         "hidden_act": config["hidden_act"] not in ACTIVATIONS,
         "layer_norm_eps": config["layer_norm_eps"] != 1e-5,
+        "use_attention_mask": bool(config["use_attention_mask"]),
     }
     if any(problems.values()):
         named = ", ".join(f"{key}={config[key]!r}" for key, wrong in problems.items() if wrong)

@@ -22,6 +22,7 @@ from minidiff.interop.folder import (
 )
 from minidiff.nn.tiny_vae import TinyVAE
 from minidiff.nn.vae import VAE, MapAttention
+from minidiff.space import Latents
 
 RULES: Rules = (
     (r"\bstem\b", "conv_in"),
@@ -87,6 +88,15 @@ def load_vae(path: str | Path) -> VAE | TinyVAE:
     if not (path / "config.json").is_file() and all(len(x) == 1 for x in pair):
         return tiny_vae.load_pair(pair[0][0], pair[1][0])
     return tiny_vae.load_folder(path) if read_class(path) == "AutoencoderTiny" else _load(path)
+
+
+def load_latents(vae: str, image_size: int, measured: bool = False) -> Latents:
+    """Returns the latents of the autoencoder at the path `vae`, to train in: what `space=latents` builds.
+
+    `measured`: the scale is measured on the training pictures instead of taken from the autoencoder. Raises as
+    `load_vae` and `Latents` do.
+    """
+    return Latents(load_vae(vae), image_size, measured=measured)
 
 
 def save_vae(vae: VAE | TinyVAE, folder: str | Path) -> None:

@@ -76,6 +76,11 @@ class TinyVAE(nn.Module):
             decoder += [TinyBlock(channels, pool and i == 0) for _ in range(n)]
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels, out_channels, 3, padding=1))
 
+    @property
+    def factor(self) -> int:
+        """How many pixels of a picture, in height and in width, share a position of its latents."""
+        return 2 ** (len(self.encoder_blocks) - 1)
+
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z h2 w2"]:
         return self.encoder((images + 1) / 2)
 

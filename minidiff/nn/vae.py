@@ -174,6 +174,11 @@ class VAE(nn.Module):
         self.post_quant = nn.Conv2d(latent_channels, latent_channels, 1) if post_quant else nn.Identity()
         self.decoder = Decoder(latent_channels, out_channels, channels, layers, groups, attend)
 
+    @property
+    def factor(self) -> int:
+        """How many pixels of a picture, in height and in width, share a position of its latents."""
+        return 2 ** (len(self.encoder.down) - 1)
+
     def encode(self, images: Float[Tensor, "b c h w"]) -> Posterior:
         mean, logvar = self.quant(self.encoder(images)).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30, 20))

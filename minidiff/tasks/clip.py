@@ -64,6 +64,12 @@ class ContrastivePretraining:
         """Nothing to remember, and nothing to say: the encoder takes any word."""
         return []
 
+    def measure(self, batches: Sequence[Batch]) -> None:
+        """Nothing to measure: pictures are taken as they are."""
+
+    def restore(self, contract: Mapping) -> None:
+        """Nothing to restore but weights."""
+
     def contract(self, recipe: Mapping) -> dict:
         """Returns what a checkpoint must say about the model."""
         return {"clip": dict(recipe)}

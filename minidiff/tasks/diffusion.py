@@ -107,6 +107,14 @@ class TextToImage:
             f"the longest, which is lost: {tokenizer.lost(cut[-1])[-200:]!r}"
         ]
 
+    def measure(self, batches: Sequence[Batch]) -> None:
+        """Lets the space measure what it must know of the data, unless a checkpoint has told it."""
+        self.pipeline.space.measure(batch.x(self.pipeline.device) for batch in batches)
+
+    def restore(self, contract: Mapping) -> None:
+        """Takes from a checkpoint what the space had measured; raises CheckpointError if it is another space."""
+        self.pipeline.space.restore(contract.get("space", {}))
+
     def contract(self, recipe: Mapping) -> dict:
         """Returns what a checkpoint must say for `minidiff.load`; `recipe` is the configuration of this task."""
         return contract(self.pipeline, recipe["pipeline"])
