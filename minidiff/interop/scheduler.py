@@ -8,16 +8,21 @@ the library has habits that its file does not mention; they are the `Family` tab
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from minidiff import samplers
 from minidiff.errors import InputError
 from minidiff.grids import karras, leading, linspace, trailing
 from minidiff.objective import X0, Eps, Objective, V
 from minidiff.process import Table
+from minidiff.samplers import State
 
 FILE = "scheduler_config.json"
 OBJECTIVES = {"epsilon": Eps(), "v_prediction": V(), "sample": X0()}
@@ -137,6 +142,29 @@ SOLVERS = {
 }
 
 
+def leaping_ddim(
+    denoise: Callable,
+    x: Float[Tensor, "b ..."],
+    times: Float[Tensor, " n"],
+    process: Table,
+    randn_like: Callable,
+    *,
+    eta: float = 0.0,
+) -> Iterator[State]:
+    """DDIM as the library walks it where the spacing is not leading: by N // n entries, whatever is visited next.
+
+    20 steps with linspace go from entry 999 to 949, and on from 946 as if they had come there.
+    """
+    leap = process.n // (len(times) - 1) / process.n
+    for t in times[:-1]:
+        s = t - leap
+        reached = s if s > process.t_min / 2 else times[-1]  # a leap beyond entry 0 ends the walk
+        state, after = samplers.ddim(denoise, x, torch.stack([t, reached]), process, randn_like, eta=eta)
+        yield state
+        x = after.xt
+    yield State(times[-1], x, x, state.eps_hat)
+
+
 def load_scheduler(folder: str | Path) -> Scheduler:
     """Reads a folder's scheduler_config.json; a warning says where minidiff walks another way than the library.
 
@@ -160,12 +188,6 @@ def load_scheduler(folder: str | Path) -> Scheduler:
         warnings.warn(
             f"{file} names PNDM, which minidiff does not have: it samples with ddim, along the same noise schedule and "
             "timesteps. Pictures differ slightly; more steps, or sampler=dpmpp_2m, make up for it.",
-            stacklevel=2,
-        )
-    if name == "DDIMScheduler" and config["timestep_spacing"] == "linspace":
-        warnings.warn(
-            f"{file} asks for DDIM with linspace spacing, where the library steps to one timestep and goes on from "
-            "another. minidiff goes on from where it stepped to, so pictures differ slightly.",
             stacklevel=2,
         )
     if name == "DDIMScheduler" and config["clip_sample"]:
@@ -192,7 +214,11 @@ def describe(scheduler: Scheduler) -> dict:
     solver, grid = _plain(scheduler.sampler), _plain(scheduler.grid)
     table = scheduler.process
     for (name, algorithm), (family, sampler) in SOLVERS.items():
-        if sampler is not solver[0] or name == "PNDMScheduler" or not isinstance(table, Table):
+        if (
+            sampler is not (samplers.ddim if solver[0] is leaping_ddim else solver[0])
+            or name == "PNDMScheduler"
+            or not isinstance(table, Table)
+        ):
             continue
         config = {key: default for key, (default, _) in SETTINGS[name].items()}
         given = not isinstance(table.betas, str)
@@ -226,6 +252,8 @@ def _scheduler(name: str, config: Mapping) -> Scheduler:
     family, sampler = SOLVERS[name, config.get("algorithm_type")]
     zero, karras_sigmas = config["rescale_betas_zero_snr"], config.get("use_karras_sigmas", False)
     spacing = config["timestep_spacing"]
+    if name == "DDIMScheduler" and spacing != "leading":
+        sampler = leaping_ddim
     process = Table(
         betas=config["trained_betas"] or config["beta_schedule"],
         beta_start=config["beta_start"],
