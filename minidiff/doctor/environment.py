@@ -32,9 +32,8 @@ def _library(name: str) -> Finding:
     except (RuntimeError, OSError) as error:  # torchvision built for another torch, CUDA libraries that are missing
         return Finding(
             False,
-            f"{name} does not go with the torch that is installed ({str(error).splitlines()[0]}): install both from "
-            "one index, such as pip install --force-reinstall torch torchvision --index-url "
-            "https://download.pytorch.org/whl/cpu",
+            f"{name} does not go with the torch that is installed ({str(error).splitlines()[0]}): install both "
+            "together, from the same place: pip install --force-reinstall torch torchvision",
         )
     package = {"hydra": "hydra-core", "PIL": "pillow", "open_clip": "open_clip_torch"}.get(name, name)
     return Finding(True, f"{package} {importlib.metadata.version(package)}")
