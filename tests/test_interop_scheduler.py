@@ -210,6 +210,14 @@ def test_spacings_that_do_not_divide_the_table(tmp_path, name, settings, sample,
     assert difference(ours(load_scheduler(tmp_path), n), theirs(reference, n)) < 1e-5
 
 
+def test_a_leaping_ddim_refuses_steps_that_are_not_equal(tmp_path):
+    saved(tmp_path, "DDIMScheduler", **SD, **PLAIN, timestep_spacing="trailing")
+    scheduler = load_scheduler(tmp_path)
+    with pytest.raises(InputError, match="MD-INTEROP-305"):
+        ours(scheduler._replace(grid=grids.log_snr))
+    assert len(ours(scheduler._replace(sampler=samplers.ddim, grid=grids.log_snr))) == STEPS + 1
+
+
 # The process.
 
 

@@ -153,8 +153,16 @@ def leaping_ddim(
 ) -> Iterator[State]:
     """DDIM as the library walks it where the spacing is not leading: by N // n entries, whatever is visited next.
 
-    20 steps with linspace go from entry 999 to 949, and on from 946 as if they had come there.
+    20 steps with linspace go from entry 999 to 949, and on from 946 as if they had come there. Raises `InputError`
+    (MD-INTEROP-305) for a grid whose steps are not equal: a leap would miss its next time by far.
     """
+    steps = times[:-1].diff().abs()
+    if len(steps) and steps.max() - steps.min() > 2.5 / process.n:  # whole entries differ by rounding
+        raise InputError(
+            "MD-INTEROP-305",
+            "This folder's DDIM goes down in equal steps, and the chosen grid does not. Choose another sampler with "
+            "that grid, such as sampler=ddim or dpmpp_2m, or leave the grid as the folder has it.",
+        )
     leap = process.n // (len(times) - 1) / process.n
     for t in times[:-1]:
         s = t - leap
