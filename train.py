@@ -66,10 +66,12 @@ def go_round(run: "Run", stop: "Interruption") -> None:  # noqa: F821
             images, clock = 0, time.monotonic()
         if due["preview"]:
             run.preview(step.step)
-        stopping = stop.requested(run.accelerator)
+        stopping = stop.requested(run.accelerator, failed=run.batches.error is not None)
         if due["save"] or stopping:
             run.save(step.step, last=stopping or step.step == run.steps)
         if stopping and step.step < run.steps:
+            if run.batches.error is not None:
+                raise run.batches.error
             again = shlex.join(["python", "train.py", *sys.argv[1:]])
             run.log.say(f"stopped by {stop.signal} after step {step.step}, and saved. To go on:\n  {again}")
             raise SystemExit(stop.exit_code)
@@ -108,7 +110,7 @@ class Run:
         self.source = build(values["data"])
         self.fingerprint = self.source.fingerprint()
         changes = self.what_changed(saved)
-        self.batches, self.validation, remarks = self.open_data()
+        self.batches, self.validation, remarks = self.open_data(saved.get("stream"))
         self.task.measure(self.validation)
         compiled = compile_network(self.model, values["compile"], self.accelerator.device)
         self.trained = self.model  # what the loop trains: wrapped when gradients come from several processes
@@ -125,29 +127,37 @@ class Run:
             self.log.say(f"note: {remark}")
         self.log.say(f"going on from {came_from}" if came_from else "no checkpoint found, starting at step 0")
 
-    def open_data(self):
+    def open_data(self, position: list | None):
         """Returns the endless training batches from the first sample not yet seen, the validation batches, and what
-        there is to say about the captions.
+        there is to say about the captions and about going on with a stream at `position`.
         """
         from minidiff import data
 
         values, source, ranks = self.values, self.source, self.accelerator.num_processes
         part = data.share(values["batch_size"], ranks, values["accumulate"])
+        place = {"start": self.seen, "rank": self.accelerator.process_index, "ranks": ranks}
+        workers = data.auto_workers() if values["workers"] == "auto" else values["workers"]
         look = {"image_size": values["image_size"], "background": values["background"], "seed": values["seed"]}
-        train = data.CaptionedImages(source.train, source.image, source.caption, **look)
         held = data.CaptionedImages(source.validation, source.image, source.caption, **look, shuffle=False)
-        self.bad_rows = data.BadRows(len(train), values["max_bad"])
-        remarks = self.task.learn_words(train.all_captions())
-        if train.without_caption:
-            remarks.append(f"{train.without_caption} of {len(train)} rows have no caption and train unconditionally")
-        batches = data.loader(
-            train,
-            part,
-            start=self.seen,
-            workers=data.auto_workers() if values["workers"] == "auto" else values["workers"],
-            rank=self.accelerator.process_index,
-            ranks=ranks,
-        )
+        if source.buffer_size is None:
+            self.bad_rows = data.BadRows(len(source), values["max_bad"])
+            train = data.CaptionedImages(source.train, source.image, source.caption, **look)
+            remarks = self.task.learn_words(train.all_captions())
+            if train.without_caption:
+                remarks.append(
+                    f"{train.without_caption} of {len(train)} rows have no caption: they train unconditionally"
+                )
+            batches = data.Ahead(data.loader(train, part, workers=workers, **place), values["accumulate"])
+        else:
+            self.bad_rows = data.BadRows(None, values["max_bad"])
+            remarks = self.task.learn_words(held.all_captions())  # the others as they come
+            readers = data.stream_readers(source, place["rank"], ranks, workers)
+            positions, cost = data.resume_at(position, place["rank"], ranks, readers, source.buffer_size)
+            remarks += [cost] if cost else []
+            row = data.RowReader(source.image, source.caption, **look)
+            train = data.StreamedImages(source, row, part, positions=positions, **place)
+            batches = data.read_batches(train, readers if workers else 0)
+            batches = data.Ahead(batches, values["accumulate"], positions)
         return batches, data.first_batches(held, images=256, batch_size=64), remarks
 
     def updates(self):
@@ -160,6 +170,8 @@ class Run:
             return fit.warmup_cosine(step, steps=self.steps, lr=optim["lr"], warmup=optim["warmup"])
 
         def loss(batch):
+            if self.source.buffer_size is not None:  # of a stream, the words are not known before
+                self.task.learn_words(batch.captions)
             self.task.model = self.trained
             try:
                 return self.task.loss(batch)
@@ -190,7 +202,7 @@ class Run:
                 f"warning: step {step.step} is not finite (loss {step.loss.item()}, gradient norm "
                 f"{step.grad_norm.item()}) and was left out; its rows: {rows}"
             )
-        for warning in self.bad_rows.note(step.skipped):
+        for warning in self.bad_rows.note(step.skipped, self.seen):
             self.log.say(warning)
 
     @contextmanager
@@ -235,11 +247,12 @@ class Run:
         A disk that refuses is a warning the first time, and MachineError the second time in a row or at the end.
         """
         from minidiff import checkpoint
-        from minidiff.machine import require_equal_weights
+        from minidiff.machine import from_all, require_equal_weights
         from minidiff.redact import redact_values
         from minidiff.state import flatten_optimizer
 
         require_equal_weights(self.model, self.accelerator)
+        position = from_all(self.batches.positions, self.accelerator) if self.source.buffer_size is not None else None
         if not self.accelerator.is_main_process:
             return
         moments, groups = flatten_optimizer(self.optimizer, self.model)
@@ -250,6 +263,7 @@ class Run:
             "config": redact_values(self.values),
             "data": self.fingerprint,
             "samples_seen": self.seen,
+            "stream": position,
             "optimizer_groups": groups,
             "ema_updates": self.ema.updates,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -335,12 +349,14 @@ class Run:
         values, source, device = self.values, self.source, self.accelerator.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        passes = self.steps * values["batch_size"] / len(source.train)
+        passes = ""
+        if source.buffer_size is None:
+            passes = f": {self.steps * values['batch_size'] / len(source):.1f} passes"
         rows = {
             "model": f"{type(self.model).__name__}, {parameters:.2f} M parameters",
             "device": f"{device} ({where}), {computing}, {self.accelerator.num_processes} process(es)",
-            "data": f"{source.name}: {len(source.train)} images to train on, {len(source.validation)} to validate",
-            "training": f"steps {self.start} to {self.steps}, {values['batch_size']} images each: {passes:.1f} passes",
+            "data": f"{source.name}: {source.size()} to train on, {len(source.validation)} to validate",
+            "training": f"steps {self.start} to {self.steps}, {values['batch_size']} images each{passes}",
             "folder": f"{self.folder} (metrics.jsonl, metrics.csv, log.txt, samples/, checkpoints/)",
         }
         return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())

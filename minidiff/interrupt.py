@@ -20,6 +20,8 @@ from minidiff.errors import InputError
 
 # Ctrl-C; the scheduler wants the machine back; the scheduler will start the same job again.
 EXIT_CODES = {name: code for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0)) if hasattr(signal, name)}
+FAILED = "an error in the data"  # of some process of the run, which says more
+REASONS = EXIT_CODES | {FAILED: 6}
 
 
 class Interruption:
@@ -45,16 +47,22 @@ class Interruption:
 
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM, 0 for SIGUSR1, which is how a scheduler announces that it will requeue."""
-        return EXIT_CODES[self.signal]
+        """130 for SIGINT, 143 for SIGTERM, 0 for SIGUSR1, which is how a scheduler announces that it will requeue; 6
+        where another process failed.
+        """
+        return REASONS[self.signal]
 
-    def requested(self, accelerator: "accelerate.Accelerator") -> bool:  # noqa: F821
-        """Whether any process of the run was asked to stop; all of them hear the same answer at the same update."""
+    def requested(self, accelerator: "accelerate.Accelerator", failed: bool = False) -> bool:  # noqa: F821
+        """Whether any process of the run was asked to stop, or has `failed` and will not get through another update;
+        all of them hear the same answer at the same update.
+        """
+        if failed and self.signal is None:
+            self.signal = FAILED
         if accelerator.num_processes == 1:
             return self.signal is not None
         import torch
 
-        names = [None, *EXIT_CODES]
+        names = [None, *REASONS]
         mine = torch.tensor([names.index(self.signal)], device=accelerator.device)
         self.signal = names[int(accelerator.gather(mine).max())]
         return self.signal is not None

@@ -61,6 +61,13 @@ def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["acc
     return accelerator, name
 
 
+def from_all(value: object, accelerator: "accelerate.Accelerator") -> list:  # noqa: F821
+    """Returns the `value` of every process, in their order."""
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
 def compile_network(net: torch.nn.Module, wanted: bool | str, device: torch.device) -> str:
     """Has a network compiled at its first call, as asked or (`auto`) on CUDA; returns what was done, in words.
 

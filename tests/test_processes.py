@@ -132,3 +132,49 @@ def test_E11_all_processes_stop_after_the_same_update(tmp_path):
     assert child.returncode == 0, shown
     assert shown.count("stopped by SIGUSR1 after step") == 1
     assert f"after step {int(checkpoint.latest(folder).name[5:])}," in shown
+
+
+def stream(folder: Path) -> list[str]:
+    """Writes four parquet files; returns the options that train on them as a stream."""
+    from test_streaming import files
+
+    options = [f"data.path={files(folder)}", "data=parquet", "data.streaming=true", "data.buffer_size=4"]
+    return [*options, "image_size=16", "name=stream"]
+
+
+def launch_stream(cwd: Path, *arguments: str) -> subprocess.Popen:
+    keys = tuple(f"{x.split('=')[0]}=" for x in arguments)
+    options = [x for x in TINY_RUN + OPTIONS if not x.startswith(("data.", *keys))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    return subprocess.Popen(
+        [*command, str(ROOT / "train.py"), *options, *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_D7_two_processes_share_a_stream_and_go_on_with_it(tmp_path):
+    options = stream(tmp_path)
+    child = launch_stream(tmp_path, *options)
+    shown = finish(child)
+    assert child.returncode == 0, shown
+    folder = tmp_path / "runs" / "stream" / "checkpoints"
+    saved = checkpoint.load(checkpoint.latest(folder), []).state
+    assert [len(one) for one in saved["stream"]] == [1, 1] and saved["samples_seen"] == 36
+    child = launch_stream(tmp_path, *options, "steps=5")
+    shown = finish(child)
+    assert child.returncode == 0 and "approximate: up to 8 rows" in shown, shown
+    assert checkpoint.load(checkpoint.latest(folder), []).state["samples_seen"] == 60
+
+
+def test_D4_when_one_process_loses_its_stream_all_save_and_end(tmp_path):
+    child = launch_stream(tmp_path, *stream(tmp_path), "steps=100000", "every.save=2", "every.preview=1000000")
+    folder = tmp_path / "runs" / "stream" / "checkpoints"
+    wait_for(folder / "step_00000002", child)
+    (tmp_path / "3.parquet").unlink()  # one of the processes asks for it in the next pass
+    shown = finish(child, timeout=120)
+    assert child.returncode != 0 and "MD-DATA-019" in shown and "FileNotFoundError" in shown, shown
+    assert checkpoint.latest(folder).name > "step_00000002"

@@ -6,22 +6,28 @@
 Whatever the source, rows pass the same way: decode, composite transparency on a background, resize and crop to a
 square (`images`), pick one caption (`captions`). Which row and which caption the i-th sample of a run is depends on
 (seed, i) alone, so training resumes in the middle of an epoch, with any number of workers, and every image is used
-exactly once per epoch.
+exactly once per epoch. With `streaming`, parquet files and hub data sets are read where they lie, by StreamedImages
+instead of CaptionedImages, and the order is only approximately known (`streaming`).
 """
 
+from minidiff.data.ahead import Ahead
 from minidiff.data.images import load_image
 from minidiff.data.sources import Source, folder, hub, parquet, shapes
 from minidiff.data.stream import (
     BadRows,
     Batch,
     CaptionedImages,
+    RowReader,
     auto_workers,
     collate,
     dead_workers,
     first_batches,
     loader,
+    read_batches,
     share,
 )
+from minidiff.data.streaming import StreamedImages, resume_at, stream_readers
 
-__all__ = ["BadRows", "Batch", "CaptionedImages", "Source", "auto_workers", "collate", "dead_workers"]
-__all__ += ["first_batches", "folder", "hub", "load_image", "loader", "parquet", "shapes", "share"]
+__all__ = ["Ahead", "BadRows", "Batch", "CaptionedImages", "RowReader", "Source", "StreamedImages", "auto_workers"]
+__all__ += ["collate", "dead_workers", "first_batches", "folder", "hub", "load_image", "loader", "parquet"]
+__all__ += ["read_batches", "resume_at", "shapes", "share", "stream_readers"]

@@ -1,38 +1,73 @@
 """Where captioned images come from, as rows of Hugging Face `datasets`."""
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from minidiff.data.held import Keeps, content
+from minidiff.data.patience import patient
+from minidiff.data.scenes import draw_scenes, shapes_code
 from minidiff.errors import DataError, did_you_mean
+
+HELD = 256  # rows of a stream that are kept for validation
+HEAD = 1024  # first rows that they are drawn from
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows to train on and rows to validate on, as Hugging Face `Dataset`s, and which columns to read."""
+    """Rows to train on and rows to validate on, as Hugging Face `Dataset`s, and which columns to read.
+
+    A stream's training rows are an `IterableDataset`, whose length nobody knows.
+    """
 
     name: str
-    train: "datasets.Dataset"  # noqa: F821
+    train: "datasets.Dataset | datasets.IterableDataset"  # noqa: F821
     validation: "datasets.Dataset"  # noqa: F821
     image: str = "image"
     caption: str = "captions"
     remarks: tuple[str, ...] = ()  # what the user should know before training on it
+    buffer_size: int | None = None  # rows of a stream that are shuffled among themselves; None: no stream
+
+    def __len__(self) -> int:
+        """Returns the number of training rows; raises TypeError for a stream."""
+        return len(self.train)
+
+    def size(self) -> str:
+        """Returns how many training rows there are, in words."""
+        if self.buffer_size is None:
+            return f"{len(self)} images"
+        return f"a stream of images, shuffled through a buffer of {self.buffer_size},"
+
+    def head(self, n: int) -> "datasets.Dataset":  # noqa: F821
+        """Returns the first training rows, at most `n`."""
+        if self.buffer_size is None:
+            return undecoded(self.train, self.image).select(range(min(n, len(self))))
+        return _here(self.train, n)
 
     def fingerprint(self) -> str:
-        """Names the training rows by their number, columns and content (of rows spread evenly over them)."""
-        n, digest = len(self.train), hashlib.sha256()
-        for row in undecoded(self.train, self.image).select(range(0, n, max(1, n // 64))):
-            image = row[self.image] or {}
-            digest.update(image.get("bytes") or Path(image.get("path") or "").name.encode())
-            digest.update(repr(row[self.caption]).encode())
-        return f"{n} rows {digest.hexdigest()[:12]}"
+        """Names the training rows by their number, columns and content (of rows spread evenly over them); of a stream,
+        the rows that were kept for validation stand for all.
+        """
+        rows = self.train if self.buffer_size is None else self.validation
+        n, digest = len(rows), hashlib.sha256()
+        for row in undecoded(rows, self.image).select(range(0, n, max(1, n // 64))):
+            digest.update(content(row, self.image, self.caption))
+        return f"{n if self.buffer_size is None else 'streamed'} rows {digest.hexdigest()[:12]}"
+
+
+def _here(rows: "datasets.IterableDataset", n: int) -> "datasets.Dataset":  # noqa: F821
+    import datasets
+
+    fail_at_once()
+    found = list(islice(patient(rows), n))
+    return datasets.Dataset.from_dict({key: [x[key] for x in found] for key in rows.features}, features=rows.features)
 
 
 def undecoded(rows: "datasets.Dataset", image: str) -> "datasets.Dataset":  # noqa: F821
@@ -66,36 +101,10 @@ def _scenes(split: str, n: int, image_size: int, seed: int, weights: dict[str, f
         "image_size": image_size,
         "seed": seed,
         "weights": weights,
-        "code": _shapes_code(),
+        "code": shapes_code(),
     }
     with _quiet():
-        return datasets.Dataset.from_generator(_draw_scenes, features=features, gen_kwargs=recipe)
-
-
-def _draw_scenes(
-    split: str, n: int, image_size: int, seed: int, weights: dict[str, float], code: str
-) -> Iterator[dict]:
-    from PIL import Image
-
-    from minidiff.shapes import example, render
-
-    for i in range(n):
-        scene = example(split, i, seed, weights)
-        png = io.BytesIO()
-        Image.fromarray(render(scene.scene, image_size)).save(png, "PNG", compress_level=1)
-        descriptions = list(scene.captions[1:])  # the first is a test's prompt
-        yield {"image": {"bytes": png.getvalue(), "path": None}, "captions": descriptions}
-
-
-def _shapes_code() -> str:
-    """Fingerprints the room that draws scenes, so that `datasets` never serves pictures of an older one."""
-    import zlib
-    from pathlib import Path
-
-    import minidiff.shapes
-
-    files = sorted(Path(minidiff.shapes.__file__).parent.glob("*.py"))
-    return format(zlib.crc32(b"".join(f.read_bytes() for f in files)), "08x")
+        return datasets.Dataset.from_generator(draw_scenes, features=features, gen_kwargs=recipe)
 
 
 def parquet(
@@ -105,8 +114,14 @@ def parquet(
     split_column: str | None = None,
     train_split: str = "train",
     validation_split: str = "test",
+    streaming: bool = False,
+    buffer_size: int = 1000,
 ) -> Source:
-    """Rows of parquet files (`path` may be a glob), split by a column if there is one."""
+    """Rows of parquet files (`path` may be a glob), split by a column if there is one.
+
+    They are copied once into the cache of `datasets`; with `streaming` they are read where they lie, and shuffled
+    among `buffer_size` rows.
+    """
     from glob import glob
 
     import datasets
@@ -119,13 +134,14 @@ def parquet(
         )
     try:
         with _quiet():
-            rows = datasets.Dataset.from_parquet(files)
+            rows = datasets.Dataset.from_parquet(files, streaming=streaming)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         reason = str(error.__cause__ or error).splitlines()[0]
         raise DataError(
             "MD-DATA-009", f"data.path={path} cannot be read as parquet, or has no rows: {reason}"
         ) from error
-    return _split(f"parquet {path}", rows, image, caption, split_column, train_split, validation_split)
+    columns = split_column, train_split, validation_split
+    return _split(f"parquet {path}", rows, image, caption, *columns, buffer_size=buffer_size if streaming else None)
 
 
 def folder(path: str, image: str = "image", caption: str = "caption") -> Source:
@@ -188,9 +204,18 @@ BUILDERS = ("parquet", "arrow", "imagefolder", "webdataset", "json", "csv")
 
 
 def hub(
-    path: str, revision: str | None = None, image: str = "image", caption: str = "text", split: str = "train"
+    path: str,
+    revision: str | None = None,
+    image: str = "image",
+    caption: str = "text",
+    split: str = "train",
+    streaming: bool = False,
+    buffer_size: int = 1000,
 ) -> Source:
-    """A dataset of the Hugging Face Hub, `owner/name`; pin `revision` to a commit for runs that others can repeat."""
+    """A dataset of the Hugging Face Hub, `owner/name`; pin `revision` to a commit for runs that others can repeat.
+
+    With `streaming` nothing is kept on the disk, and rows are shuffled among `buffer_size`.
+    """
     import datasets
 
     try:
@@ -203,8 +228,11 @@ def hub(
                     f"The dataset data.path={path} is read by the builder '{kind}', which could run code that came "
                     f"with the data. minidiff reads only {', '.join(BUILDERS)}. Convert it to parquet.",
                 )
-            builder.download_and_prepare()
-            rows = builder.as_dataset(split=split)
+            if streaming:
+                rows = builder.as_streaming_dataset(split=split)
+            else:
+                builder.download_and_prepare()
+                rows = builder.as_dataset(split=split)
     except (OSError, ValueError) as error:
         raise DataError(
             "MD-DATA-003",
@@ -213,27 +241,30 @@ def hub(
             "login`), or this machine is offline. data=shapes is built in and needs no network.",
         ) from error
     commit = str(builder.base_path or "").rpartition("@")[2][:40] or revision
-    return _split(f"hub {path}@{commit}", rows, image, caption, None, "train", "test")
+    buffered = buffer_size if streaming else None
+    return _split(f"hub {path}@{commit}", rows, image, caption, None, "train", "test", buffer_size=buffered)
 
 
 def _split(
     name: str,
-    rows: "datasets.Dataset",  # noqa: F821
+    rows: "datasets.Dataset | datasets.IterableDataset",  # noqa: F821
     image: str,
     caption: str,
     column: str | None,
     train: str,
     validation: str,  # noqa: F821
     remarks: tuple[str, ...] = (),
+    buffer_size: int | None = None,
 ) -> Source:
     """Divides rows by a column, or sets one row in twenty (at most 512) aside for validation; checks the columns
     first.
     """
+    streaming = buffer_size is not None
     for option, wanted in (("data.image", image), ("data.caption", caption), ("data.split_column", column)):
-        if wanted is not None and wanted not in rows.column_names:
-            raise DataError("MD-DATA-004", _missing_column(name, option, wanted, rows.features))
-    if len(rows) == 0:
-        raise DataError("MD-DATA-005", f"The data source {name} holds no rows. Check data.path and the split.")
+        if wanted is not None and wanted not in (rows.column_names or []):
+            raise DataError("MD-DATA-004", _missing_column(name, option, wanted, rows.features or {}))
+    if not streaming and len(rows) == 0:
+        raise _no_rows(name)
     try:
         rows = undecoded(rows, image)
     except (TypeError, ValueError) as error:  # pyarrow's errors are either
@@ -242,6 +273,9 @@ def _split(
             f"The column '{image}' (data.image) of {name} holds {rows.features[image]}, not pictures: "
             f"{str(error).splitlines()[0]}",
         ) from error
+    if streaming:
+        keeps = Keeps(image, caption, column, train)
+        return Source(name, *_set_aside(name, rows, keeps, validation), image, caption, remarks, buffer_size)
     if column is None:
         parts = {} if len(rows) < 2 else rows.train_test_split(min(512, max(1, len(rows) // 20)), seed=0)
         return Source(name, parts.get("train", rows), parts.get("test", rows), image, caption, remarks)
@@ -258,6 +292,58 @@ def _split(
             )
         chosen.append(rows.select(at))
     return Source(name, *chosen, image, caption, remarks)
+
+
+def _no_rows(name: str) -> DataError:
+    return DataError("MD-DATA-005", f"The data source {name} holds no rows. Check data.path and the split.")
+
+
+def _set_aside(
+    name: str,
+    rows: "datasets.IterableDataset",  # noqa: F821
+    keeps: Keeps,
+    validation: str,
+) -> tuple["datasets.IterableDataset", "datasets.Dataset"]:  # noqa: F821
+    """Divides a stream: the first HELD rows of the validation split; or, without a column, HELD rows drawn from the
+    first HEAD (one in twenty of a shorter stream), which are known by their content and left out of training.
+
+    Raises DataError (MD-DATA-005) if there are none.
+    """
+    if keeps.column is None:
+        held = _here(_files_shuffled(rows, seed=0), HEAD).shuffle(seed=0)
+        held = held.select(range(HELD if len(held) == HEAD else max(min(1, len(held)), len(held) // 20)))
+        keeps = replace(keeps, held=frozenset(map(keeps.digest, held)))
+    else:
+        held = _here(rows.filter(replace(keeps, wanted=validation)), HELD)
+    if len(held) == 0:
+        raise _no_rows(name if keeps.column is None else f"{name}, {keeps.column}='{validation}',")
+    return rows.filter(keeps), held
+
+
+def part_of(source: Source, seed: int, rank: int, ranks: int) -> "datasets.IterableDataset":  # noqa: F821
+    """Returns the share of a stream's training rows that one process reads: its own files, if all processes can have as
+    many, or else every `ranks`-th row; files come in an order of their own in every pass. Workers of the process divide
+    its files further.
+    """
+    from datasets.distributed import split_dataset_by_node
+
+    return split_dataset_by_node(_files_shuffled(source.train, seed), rank, ranks)
+
+
+def fail_at_once() -> None:
+    """Leaves all waiting to `patient`: by itself, `datasets` tries 20 times in 100 s or more, without a word."""
+    from datasets import config
+
+    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
+    config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = 0
+    config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
+
+
+def _files_shuffled(rows: "datasets.IterableDataset", seed: int) -> "datasets.IterableDataset":  # noqa: F821
+    """Returns the files of a stream in another order, one after the other: `datasets` would mix up to ten, whose
+    threads take five seconds to end every pass.
+    """
+    return rows.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
 
 
 def _missing_column(name: str, option: str, wanted: str, features: dict) -> str:

@@ -21,6 +21,7 @@ from minidiff.errors import DataError, InputError, MachineError, MinidiffError
 from minidiff.seeds import generator
 
 MEMORY = 500_000_000  # bytes; data sets that fit, decoded, are decoded once
+FEW = 1000  # rows that a stream is taken to have before so many have been read
 IN_A_ROW = 100  # rows that cannot be read, one after the other, before we stop looking for a good one
 
 
@@ -33,6 +34,7 @@ class Batch:
     index: list[int]
     skipped: list[str]  # rows that could not be read, and why; each was replaced by the next row
     rows: list[int] = field(default_factory=list)  # of the data set, where it has numbered rows
+    position: tuple[int, dict] | None = None  # of a stream: the worker, and where it goes on after this batch
 
     def x(self, device: torch.device | str = "cpu") -> Float[Tensor, "b 3 h w"]:
         """Returns the images in [−1, 1] on a device."""
@@ -48,7 +50,28 @@ class Sample(NamedTuple):
     caption: str
     index: int
     skipped: list[str]
-    row: int
+    row: int | None  # None: the source does not number its rows
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """How one row of any source becomes a picture and a caption."""
+
+    image: str  # column
+    caption: str  # column
+    image_size: int
+    background: Sequence[int] = (255, 255, 255)  # what transparency shows
+    seed: int = 0
+
+    def read(self, row: dict) -> tuple[UInt8[Tensor, "3 s s"], list[str]]:
+        """Returns the picture and all captions; raises BadImage or UnicodeDecodeError for a row to be skipped."""
+        return load_image(row[self.image], self.image_size, self.background), texts(row[self.caption])
+
+    def pick(self, captions: list[str], *place: int) -> str:
+        """Returns one of the captions, drawn by (seed, place)."""
+        if len(captions) == 1:
+            return captions[0]
+        return captions[int(torch.randint(len(captions), (), generator=generator(self.seed, "caption", *place)))]
 
 
 class CaptionedImages(Dataset):
@@ -61,16 +84,15 @@ class CaptionedImages(Dataset):
         caption: str,  # column
         *,
         image_size: int,
-        background: Sequence[int] = (255, 255, 255),  # what transparency shows
+        background: Sequence[int] = (255, 255, 255),
         seed: int = 0,
         shuffle: bool = True,  # False: in order, and always the first caption
     ) -> None:
         from minidiff.data.sources import undecoded
 
         self.rows = undecoded(rows, image).select_columns([image, caption])
-        self.image, self.caption = image, caption
-        self.image_size, self.background = image_size, tuple(background)
-        self.seed, self.shuffle = seed, shuffle
+        self.reader = RowReader(image, caption, image_size, tuple(background), seed)
+        self.shuffle = shuffle
         self.without_caption = 0  # rows, known after `all_captions`
         self._memory: dict[int, tuple[Tensor, list[str]]] = {}
 
@@ -79,7 +101,7 @@ class CaptionedImages(Dataset):
 
     def __getitem__(self, i: int) -> Sample:
         epoch, place = divmod(i, len(self.rows))
-        row = int(_order(self.seed, epoch, len(self.rows))[place]) if self.shuffle else place
+        row = int(_order(self.reader.seed, epoch, len(self.rows))[place]) if self.shuffle else place
         skipped: list[str] = []
         for k in range(min(len(self.rows), IN_A_ROW)):  # a row that cannot be read gives way to the next one
             at = (row + k) % len(self.rows)
@@ -88,17 +110,14 @@ class CaptionedImages(Dataset):
             except (BadImage, UnicodeDecodeError) as error:
                 skipped.append(f"row {at}{self._path(at)}: {error}")
                 continue
-            return Sample(picture, self._pick(captions, epoch, at), i, skipped, at)
-        raise DataError(
-            "MD-DATA-007",
-            f"None of {len(skipped)} rows in succession (of {len(self.rows)}) can be read; the first: {skipped[0]}. "
-            "Check data.image; `python -m minidiff.doctor` looks at all of them.",
-        )
+            caption = self.reader.pick(captions, epoch, at) if self.shuffle else captions[0]
+            return Sample(picture, caption, i, skipped, at)
+        raise none_readable(skipped, f"{len(self.rows)} rows")
 
     def all_captions(self) -> list[str]:
         """Returns every distinct caption, in order of appearance, and counts the rows `without_caption`."""
         found: dict[str, None] = {}
-        for value in self.rows[self.caption]:
+        for value in self.rows[self.reader.caption]:
             try:
                 captions = texts(value)
             except UnicodeDecodeError:
@@ -111,20 +130,23 @@ class CaptionedImages(Dataset):
         """Returns the picture and the captions of a row, from memory if all pictures together are small."""
         if row in self._memory:
             return self._memory[row]
-        item = self.rows[row]
-        read = load_image(item[self.image], self.image_size, self.background), texts(item[self.caption])
-        if len(self.rows) * 3 * self.image_size**2 <= MEMORY:
+        read = self.reader.read(self.rows[row])
+        if len(self.rows) * 3 * self.reader.image_size**2 <= MEMORY:
             self._memory[row] = read
         return read
 
     def _path(self, row: int) -> str:
-        path = (self.rows[row][self.image] or {}).get("path")
+        path = (self.rows[row][self.reader.image] or {}).get("path")
         return f" ({path})" if path else ""
 
-    def _pick(self, captions: list[str], epoch: int, row: int) -> str:
-        if len(captions) == 1 or not self.shuffle:
-            return captions[0]
-        return captions[int(torch.randint(len(captions), (), generator=generator(self.seed, "caption", epoch, row)))]
+
+def none_readable(skipped: Sequence[str], where: str) -> DataError:
+    """Returns the error for rows in succession of which none could be read."""
+    return DataError(
+        "MD-DATA-007",
+        f"None of {len(skipped)} rows in succession (of {where}) can be read; the first: {skipped[0]}. "
+        "Check data.image; `python -m minidiff.doctor` looks at all of them.",
+    )
 
 
 @lru_cache(maxsize=4)
@@ -133,14 +155,17 @@ def _order(seed: int, epoch: int, n: int) -> Tensor:
 
 
 class BadRows:
-    """Counts the rows that could not be read, says some of them, and stops the run when there are too many."""
+    """Counts the rows that could not be read, says some of them, and stops the run when there are too many.
 
-    def __init__(self, rows: int, share: float) -> None:
-        self.allowed, self.share, self.total = ceil(rows * share), share, rows
+    `rows` is None for a stream, which has as many rows as have been read, and FEW at the least.
+    """
+
+    def __init__(self, rows: int | None, share: float) -> None:
+        self.rows, self.share = rows, share
         self._seen: dict[str, str] = {}  # row -> why
 
-    def note(self, skipped: Sequence[str]) -> list[str]:
-        """Returns what is to be said of newly skipped rows: the first and every 1000th.
+    def note(self, skipped: Sequence[str], read: int = 0) -> list[str]:
+        """Returns what is to be said of newly skipped rows: the first and every 1000th. `read` counts all rows so far.
 
         Raises DataError (MD-DATA-011) when more distinct rows than the allowed share were bad.
         """
@@ -154,10 +179,11 @@ class BadRows:
                 say.append(
                     f"warning: skipped {text} ({len(self._seen)} bad row(s) so far; the next one took its place)"
                 )
-        if len(self._seen) > self.allowed:
+        total = max(FEW, read) if self.rows is None else self.rows
+        if len(self._seen) > ceil(total * self.share):
             raise DataError(
                 "MD-DATA-011",
-                f"{len(self._seen)} of {self.total} rows cannot be read, more than max_bad={self.share:g} allows: "
+                f"{len(self._seen)} of {total} rows cannot be read, more than max_bad={self.share:g} allows: "
                 f"{self.reasons()}. Mend or remove them (`python -m minidiff.doctor` lists all), or raise max_bad.",
             )
         return say
@@ -216,7 +242,8 @@ class _Reader(Dataset):
 def collate(items: Sequence[Sample]) -> Batch:
     """Joins samples to a batch."""
     images, captions, index, skipped, rows = zip(*items, strict=True)
-    return Batch(torch.stack(images), list(captions), list(index), [s for one in skipped for s in one], list(rows))
+    numbered = [row for row in rows if row is not None]
+    return Batch(torch.stack(images), list(captions), list(index), [s for one in skipped for s in one], numbered)
 
 
 def _as_it_is(batch: Batch | MinidiffError) -> Batch | MinidiffError:
@@ -236,10 +263,15 @@ def loader(
     """Yields batches for ever, beginning with sample number `start` of the run; order and content do not depend on
     `workers`.
     """
+    return read_batches(_Reader(data), workers, _Places(batch_size, start, rank, ranks))
+
+
+def read_batches(data: Dataset, workers: int, sampler: Sampler | None = None) -> Iterator[Batch]:
+    """Yields the batches that `data` makes, here or in worker processes; raises an error that came instead of one."""
     batches = DataLoader(
-        _Reader(data),
-        batch_size=None,  # the sampler's items are batches already
-        sampler=_Places(batch_size, start, rank, ranks),
+        data,
+        batch_size=None,  # the items are batches already
+        sampler=sampler,
         collate_fn=_as_it_is,
         num_workers=workers,
         worker_init_fn=_start_worker,

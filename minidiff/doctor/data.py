@@ -20,9 +20,9 @@ SHEET = 40  # pictures on the contact sheet
 def examine(values: Mapping, sheet: Path) -> Iterator[Finding]:
     """Yields what there is to say about the data of a training configuration; writes a contact sheet to `sheet`."""
     source: Source = build(values["data"])
-    yield Finding(True, f"{source.name}: {len(source.train)} rows to train on, {len(source.validation)} to validate")
+    yield Finding(True, f"{source.name}: {source.size()} to train on, {len(source.validation)} to validate")
     yield from (Finding(False, remark) for remark in source.remarks)
-    rows = undecoded(source.train, source.image).select(range(min(LIMIT, len(source.train))))
+    rows = source.head(LIMIT)
     bad, sizes, prints, captions, shown = [], Counter(), Counter(), [], []
     for i, row in enumerate(rows):
         try:

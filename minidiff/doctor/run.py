@@ -33,7 +33,9 @@ def examine(path: str) -> Iterator[Finding]:
     yield _terminal(pipeline)
     yield _exact(pipeline)
     source = build(values["data"])
-    rows = CaptionedImages(source.train, source.image, source.caption, image_size=values["image_size"], shuffle=False)
+    rows = CaptionedImages(
+        source.head(64), source.image, source.caption, image_size=values["image_size"], shuffle=False
+    )
     (batch,) = first_batches(rows, images=16, batch_size=16)
     yield _range(pipeline.space.encode(batch.x()))
     yield _overfits(values, batch)

@@ -92,11 +92,12 @@ class TextToImage:
         return grid(self.pipeline.sample(prompts, list(range(len(prompts)))), prompts)
 
     def learn_words(self, captions: Iterable[str]) -> list[str]:
-        """Remembers the words of the training captions, so that sampling can name those it has never seen; returns what
-        there is to say about the captions.
+        """Adds the words of training captions to those known, so that sampling can name those it has never seen;
+        returns what there is to say about the captions.
         """
         captions, tokenizer = list(captions), self.pipeline.text.tokenizer
-        self.pipeline.vocabulary = frozenset(word for caption in captions for word in words(caption))
+        new = {word for caption in captions for word in words(caption)} - self.pipeline.vocabulary
+        self.pipeline.vocabulary |= new
         # only as many as are read in a second; a token has a letter at least
         longest = sorted((c for c in captions if len(c) > tokenizer.length - 2), key=len)[-1000:]
         cut = [caption for caption in longest if tokenizer.lost(caption)]
@@ -112,7 +113,10 @@ class TextToImage:
         self.pipeline.space.measure(batch.x(self.pipeline.device) for batch in batches)
 
     def restore(self, contract: Mapping) -> None:
-        """Takes from a checkpoint what the space had measured; raises CheckpointError if it is another space."""
+        """Takes from a checkpoint the words it knows and what the space had measured; raises CheckpointError if it is
+        another space.
+        """
+        self.pipeline.vocabulary = frozenset(contract.get("vocabulary", ()))
         self.pipeline.space.restore(contract.get("space", {}))
 
     def contract(self, recipe: Mapping) -> dict:
