@@ -83,6 +83,7 @@ class Run:
     def __init__(self, values: dict) -> None:
         import torch
 
+        from minidiff.cache import cache_folder
         from minidiff.ema import EMA
         from minidiff.log import NoLog, RunLog
         from minidiff.machine import compile_network, first_process, open_accelerator, require_space
@@ -107,6 +108,8 @@ class Run:
         if came_from is not None:
             saved = self.restore(came_from)
 
+        cache = cache_folder(values["cache"])
+        self.cached = "none" if cache is None else self.task.remember_in(cache)
         self.source = build(values["data"])
         self.fingerprint = self.source.fingerprint()
         changes = self.what_changed(saved)
@@ -144,9 +147,8 @@ class Run:
             train = data.CaptionedImages(source.train, source.image, source.caption, **look)
             remarks = self.task.learn_words(train.all_captions())
             if train.without_caption:
-                remarks.append(
-                    f"{train.without_caption} of {len(train)} rows have no caption: they train unconditionally"
-                )
+                rows = f"{train.without_caption} of {len(train)} rows"
+                remarks.append(f"{rows} have no caption and train unconditionally")
             batches = data.Ahead(data.loader(train, part, workers=workers, **place), values["accumulate"])
         else:
             self.bad_rows = data.BadRows(None, values["max_bad"])
@@ -252,6 +254,7 @@ class Run:
         from minidiff.state import flatten_optimizer
 
         require_equal_weights(self.model, self.accelerator)
+        self.task.flush()
         position = from_all(self.batches.positions, self.accelerator) if self.source.buffer_size is not None else None
         if not self.accelerator.is_main_process:
             return
@@ -281,6 +284,8 @@ class Run:
         """Says how many rows were bad, stops the loader's processes and ends the log."""
         if len(self.bad_rows):
             self.log.say(f"{len(self.bad_rows)} row(s) could not be read: {self.bad_rows.reasons()}")
+        if made := self.task.flush():
+            self.log.say(made)
         self.batches.close()
         self.log.close()
 
@@ -357,6 +362,7 @@ class Run:
             "device": f"{device} ({where}), {computing}, {self.accelerator.num_processes} process(es)",
             "data": f"{source.name}: {source.size()} to train on, {len(source.validation)} to validate",
             "training": f"steps {self.start} to {self.steps}, {values['batch_size']} images each{passes}",
+            "cache": self.cached,
             "folder": f"{self.folder} (metrics.jsonl, metrics.csv, log.txt, samples/, checkpoints/)",
         }
         return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())

@@ -268,6 +268,16 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def map_tensors(file: str | Path) -> "safetensors.safe_open":  # noqa: F821
+    """Opens a safetensors file to read parts of it where they lie; raises `CheckpointError` for a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError("MD-CKPT-004", f"{file} is damaged or not a safetensors file ({error}).") from error
+
+
 def read_metadata(file: str | Path) -> dict[str, str]:
     """Returns the plain texts in the header of a safetensors file that `read_tensors` has accepted."""
     from safetensors import safe_open

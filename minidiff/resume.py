@@ -8,6 +8,7 @@ from minidiff.errors import CheckpointError
 FIXED = ("seed", "batch_size", "image_size", "background", "net", "space", "text", "process", "objective")
 # These may differ without being worth a word. `data` is compared by its content, `task` is made of other groups.
 FREE = ("name", "every", "keep", "device", "workers", "resume", "allow_change", "debug", "log", "task", "data", "init")
+FREE += ("cache",)
 
 
 def require_same_run(saved: Mapping, now: Mapping, *, allow_change: bool) -> list[str]:

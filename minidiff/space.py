@@ -30,6 +30,7 @@ class Pixels:
     """
 
     bounded = True  # x0 lies in [−1, 1], where samplers may keep their estimates
+    identity = None  # there is no network whose answers could be kept
 
     def __init__(self, image_size: int, patch: int = 1) -> None:
         if image_size % patch:
@@ -91,7 +92,11 @@ class Latents:
         return self
 
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
-        return (self._code(images) - self.vae.shift) * self.vae.scale
+        return self.scaled(self.code(images))
+
+    def scaled(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b c h2 w2"]:
+        """Returns x0 of what the autoencoder said."""
+        return (z - self.vae.shift) * self.vae.scale
 
     @torch.no_grad()
     def decode(self, x0: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
@@ -100,13 +105,14 @@ class Latents:
             return torch.cat([self.vae.decode(part) for part in z.float().split(BATCH)])
 
     @torch.no_grad()
-    def _code(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
+    def code(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """Returns what the autoencoder says of pictures, unscaled."""
         # Never in half precision: Stable Diffusion's encoder overflows in float16, and latents are data.
         with torch.autocast(images.device.type, enabled=False):
             coded = [self.vae.encode(part) for part in images.float().split(BATCH)]
         return torch.cat([z if isinstance(z, Tensor) else z.mean for z in coded])
 
-    def measure(self, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> None:
+    def measure(self, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> None:
         """Sets scale to one over the standard deviation of the pictures' latents, if it is still to be measured.
 
         Raises NumericsError (MD-SPACE-003) if there is none: no pictures, or latents that are all alike.
@@ -115,7 +121,7 @@ class Latents:
             return
         count, total, squares = 0, 0.0, 0.0
         for images in batches:
-            z = self._code(images).double()
+            z = self.code(images).double()
             count, total, squares = count + z.numel(), total + z.sum().item(), squares + z.square().sum().item()
         variance = squares / count - (total / count) ** 2 if count else 0.0
         if not 0 < variance < float("inf"):

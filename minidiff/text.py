@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minidiff import checkpoint
+from minidiff.cache import Cache, content_key
 from minidiff.cond import Cond
 from minidiff.errors import InputError, MachineError
 from minidiff.resources import bundled
@@ -101,6 +102,34 @@ class Tokenizer:
         return self._bpe.decode(pieces[self.length - 2 :]).strip()
 
 
+class Embeddings:
+    """A memory of embeddings on the disk: a caption is known by its token ids, which are all that an encoder sees."""
+
+    def __init__(self, cache: Cache, tokenizer: "Tokenizer | TowerTokenizer", token_dim: int) -> None:
+        self.cache, self._tokenizer, self._width = cache, tokenizer, token_dim
+        self._keys: dict[str, bytes] = {}
+
+    def get(self, caption: str) -> tuple[Float[Tensor, "l d"], Float[Tensor, " e"]] | None:
+        row = self.cache.get(self._key(caption))
+        if row is None:
+            return None
+        length = int(row[0])
+        tokens, vector = row[1:].split([length * self._width, len(row) - 1 - length * self._width])
+        return tokens.reshape(length, self._width), vector
+
+    def __setitem__(self, caption: str, row: tuple[Float[Tensor, "l d"], Float[Tensor, " e"]]) -> None:
+        tokens, vector = row
+        self.cache[self._key(caption)] = torch.cat([torch.tensor([float(len(tokens))]), tokens.flatten(), vector])
+
+    def clear(self) -> None:
+        raise RuntimeError("an encoder that keeps its embeddings on the disk cannot change its weights")
+
+    def _key(self, caption: str) -> bytes:
+        if caption not in self._keys:
+            self._keys[caption] = content_key(self._tokenizer([caption]))
+        return self._keys[caption]
+
+
 class TextEncoder:
     """A frozen OpenCLIP text encoder with a memory: each distinct caption is encoded once.
 
@@ -117,11 +146,16 @@ class TextEncoder:
         self.recipe = {"model": model, "pretrained": pretrained, "weights": weights and str(weights), "layer": layer}
         self.tokenizer = Tokenizer(model)
         self._clip, self._layer = clip.float().requires_grad_(False), layer
-        self._memory: dict[str, tuple[Tensor, Tensor]] = {}
+        self._memory: dict[str, tuple[Tensor, Tensor]] | Embeddings = {}
         self.device = torch.device("cpu")
         self.identity = f"{model}/{layer}/{fingerprint(clip.state_dict())}"  # by what it computes
         null = self([""])
         self.token_dim, self.vector_dim = null.tokens.shape[2], null.vector.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the transformer has."""
+        return sum(p.numel() for p in self._clip.parameters())
 
     def to(self, device: torch.device | str) -> "TextEncoder":
         """Moves the transformer; the memory stays on the CPU."""
@@ -131,18 +165,29 @@ class TextEncoder:
 
     def __call__(self, captions: Sequence[str]) -> Cond:
         """Returns tokens (b, l, d), their mask and vectors (b, e): float32, on the CPU, l the encoder's context."""
-        missing = [c for c in dict.fromkeys(captions) if c not in self._memory]
-        for i in range(0, len(missing), BATCH):
-            self._encode(missing[i : i + BATCH])
-        rows = [self._memory[c] for c in captions]
+        rows = self._rows(captions)
         tokens = rows[0][0].new_zeros(len(rows), self.tokenizer.length, rows[0][0].shape[1])
         mask = torch.zeros(tokens.shape[:2], dtype=torch.bool)
         for i, (row, _) in enumerate(rows):
             tokens[i, : len(row)], mask[i, : len(row)] = row, True
         return Cond(tokens=tokens, mask=mask, vector=torch.stack([vector for _, vector in rows]))
 
+    def remember_in(self, folder: Path) -> Cache:
+        """Keeps embeddings in a folder, for other runs and to save memory, and takes from it those that are there."""
+        cache = Cache(folder / self.identity.replace("/", "_"))
+        self._memory = Embeddings(cache, self.tokenizer, self.token_dim)
+        return cache
+
+    def _rows(self, captions: Sequence[str]) -> list[tuple[Float[Tensor, "l d"], Float[Tensor, " e"]]]:
+        """Returns tokens and vector of each caption, having encoded those that are not remembered."""
+        rows = {caption: self._memory.get(caption) for caption in captions}
+        missing = [caption for caption, row in rows.items() if row is None]
+        for i in range(0, len(missing), BATCH):
+            rows |= self._encode(missing[i : i + BATCH])
+        return [rows[caption] for caption in captions]
+
     @torch.no_grad()
-    def _encode(self, captions: Sequence[str]) -> None:
+    def _encode(self, captions: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         ids = self.tokenizer([*captions, *[""] * (BATCH - len(captions))])
         # in full precision also under a training's autocast: what is remembered must not depend on who asked first
         with torch.autocast(self.device.type, enabled=False):
@@ -153,8 +198,10 @@ class TextEncoder:
             )
         tokens, vectors = out["text_intermediates"][0].float().cpu(), out["text_features"].float().cpu()
         vectors = vectors * vectors.shape[1] ** 0.5  # unit length → unit variance, as every other network input
+        rows = {}
         for i, (caption, length) in enumerate(zip(captions, self.tokenizer.lengths(ids).tolist(), strict=False)):
-            self._memory[caption] = (tokens[i, :length].clone(), vectors[i])
+            rows[caption] = self._memory[caption] = (tokens[i, :length].clone(), vectors[i])
+        return rows
 
 
 def tiny(weights: str | Path | None = None, layer: int = -1) -> TextEncoder:
@@ -269,20 +316,23 @@ class Tower(TextEncoder):
         load_model(self._clip, weights)
         self._memory.clear()
 
+    def remember_in(self, folder: Path) -> Cache:
+        """As `TextEncoder` does; what the weights do not show is part of the folder's name."""
+        return super().remember_in(folder / f"{self.shape.heads}-heads-{'quick-' * self.shape.quick_gelu}gelu")
+
     @property
     def identity(self) -> str:
         return f"tower-pad-{self.tokenizer.pad}/-1/{fingerprint(self.weights)}"
 
     def __call__(self, captions: Sequence[str]) -> Cond:
         """Returns tokens (b, l, d) and, if pooled, vectors (b, e): float32, on the CPU, l the encoder's context."""
-        missing = [c for c in dict.fromkeys(captions) if c not in self._memory]
-        for i in range(0, len(missing), BATCH):
-            self._encode(missing[i : i + BATCH])
-        tokens, vectors = zip(*(self._memory[c] for c in captions), strict=True)
+        tokens, vectors = zip(*self._rows(captions), strict=True)
         return Cond(tokens=torch.stack(tokens), vector=None if self.vector_dim is None else torch.stack(vectors))
 
     @torch.no_grad()
-    def _encode(self, captions: Sequence[str]) -> None:
+    def _encode(self, captions: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         vectors, tokens = self._clip(self.tokenizer(captions).to(self.device))
+        rows = {}
         for caption, row, vector in zip(captions, tokens.float().cpu(), vectors.float().cpu(), strict=True):
-            self._memory[caption] = (row.clone(), vector.clone())
+            rows[caption] = self._memory[caption] = (row.clone(), vector.clone())
+        return rows

@@ -126,6 +126,7 @@ def test_the_top_level_keys_are_frozen():
             "allow_change",
             "init",
             "max_bad",
+            "cache",
         ),
         *(
             "task",

@@ -440,7 +440,7 @@ def test_C13_a_dataset_that_cannot_be_had_is_said_with_what_to_do(path):
 
 
 def test_C12_embeddings_belong_to_one_encoder_and_caption():
-    """There is no cache on disk that could be stale: embeddings are kept in memory, by an encoder, for a caption."""
+    """In memory, embeddings are kept by an encoder, for a caption; on the disk, see test_cache.py."""
     from minidiff.text import tiny
 
     encoder, other = tiny(), tiny(layer=-2)

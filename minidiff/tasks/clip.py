@@ -8,6 +8,7 @@ agree.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,13 @@ class ContrastivePretraining:
     def learn_words(self, captions: Iterable[str]) -> list[str]:
         """Nothing to remember, and nothing to say: the encoder takes any word."""
         return []
+
+    def remember_in(self, folder: Path) -> str:
+        """Nothing to keep: no part of it is frozen."""
+        return "not needed"
+
+    def flush(self) -> str:
+        return ""
 
     def measure(self, batches: Sequence[Batch]) -> None:
         """Nothing to measure: pictures are taken as they are."""

@@ -7,12 +7,15 @@
 Noise, time and dropout of a sample depend on the run's seed and the sample's number alone (`minidiff.seeds`).
 """
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from minidiff.cache import Cache, content_key
 from minidiff.data import Batch
 from minidiff.pipeline import Pipeline, contract, words
 from minidiff.seeds import generator
@@ -20,6 +23,7 @@ from minidiff.viz import grid
 
 GOLDEN = 0.6180339887498949  # (√5 − 1)/2: multiples modulo 1 fill [0, 1) as evenly as can be
 PREVIEWS = 16  # pictures on a sheet
+WORTH = 10_000_000  # parameters of a text encoder from which on its embeddings are kept on the disk
 NOISE_LEVELS = 10  # bins of t in which the loss is told apart
 
 
@@ -30,6 +34,8 @@ class TextToImage:
         self.pipeline = pipeline
         self.drop_cond = drop_cond  # share of samples trained without their caption, for guidance
         self.seed = seed
+        self.embeddings: Cache | None = None
+        self.latents: Cache | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -48,9 +54,23 @@ class TextToImage:
         device = self.pipeline.device
         eps, u, keep = self._draw(batch.index)
         cond = self.pipeline.text(batch.captions).where(keep, self.pipeline.text([""]))
-        x0 = self.pipeline.space.encode(batch.x(device))
+        x0 = self._x0(batch)
         t = self.pipeline.denoiser.process.draw(u)
         return self.pipeline.denoiser.loss(x0, cond.to(device), t, eps.to(device)).mean(), {}
+
+    def _x0(self, batch: Batch) -> Float[Tensor, "b c h w"]:
+        """Returns the pictures in the space; latents that were computed before come from the cache, by the pixels that
+        the autoencoder would see.
+        """
+        space, device = self.pipeline.space, self.pipeline.device
+        if self.latents is None:
+            return space.encode(batch.x(device))
+        keys = [content_key(image) for image in batch.images]
+        rows = [self.latents.get(key) for key in keys]
+        if missing := [i for i, row in enumerate(rows) if row is None]:
+            for i, z in zip(missing, space.code(batch.x(device)[missing]).float().cpu(), strict=True):
+                rows[i] = self.latents[keys[i]] = z.flatten()
+        return space.scaled(torch.stack(rows).reshape(-1, *space.shape).to(device))
 
     def _draw(self, index: Sequence[int]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"], Bool[Tensor, " b"]]:
         """Returns noise, a uniform number for the time, and whether the caption is kept, for each sample number.
@@ -78,7 +98,7 @@ class TextToImage:
             )
             # (i·φ mod 1) again: neighbours in the data get times that are far apart
             u = (GOLDEN * torch.tensor(batch.index, dtype=torch.float64)) % 1
-            x0, cond = self.pipeline.space.encode(batch.x(device)), self.pipeline.text(batch.captions).to(device)
+            x0, cond = self._x0(batch), self.pipeline.text(batch.captions).to(device)
             losses.append(denoiser.loss(x0, cond, denoiser.process.draw(u), eps.to(device)).cpu())
             times.append(1 - u)
         loss, level = torch.cat(losses), (torch.cat(times) * NOISE_LEVELS).long().clamp(max=NOISE_LEVELS - 1)
@@ -90,6 +110,29 @@ class TextToImage:
         """Returns a sheet of pictures of the batch's captions, from the same noise every time."""
         prompts = batch.captions[:PREVIEWS]
         return grid(self.pipeline.sample(prompts, list(range(len(prompts)))), prompts)
+
+    def remember_in(self, folder: Path) -> str:
+        """Keeps text embeddings (of an encoder that is slower than a disk) and latents in a folder for other runs;
+        returns what was found there.
+        """
+        if self.pipeline.text.parameters >= WORTH:
+            self.embeddings = self.pipeline.text.remember_in(folder / "text")
+        if self.pipeline.space.identity is not None:
+            architecture = zlib.crc32(repr(self.pipeline.space.vae).encode())  # what the weights do not show
+            self.latents = Cache(folder / "latents" / f"{self.pipeline.space.identity}-{architecture:08x}")
+        found = [f"{cache.found} {what}" for what, cache in self._caches().items()]
+        return f"{' and '.join(found)} of earlier runs in {folder}" if found else "not needed"
+
+    def _caches(self) -> dict[str, Cache]:
+        return {what: x for what, x in (("captions", self.embeddings), ("latents", self.latents)) if x is not None}
+
+    def flush(self) -> str:
+        """Writes what the caches have not yet written; returns what was made, in words ("" if nothing)."""
+        for cache in self._caches().values():
+            cache.flush()
+        made = [f"{cache.made} {what}" for what, cache in self._caches().items() if cache.made]
+        trouble = [f"; {cache.trouble}" for cache in self._caches().values() if cache.trouble]
+        return f"{' and '.join(made)} were computed for the cache{''.join(trouble)}" if made else ""
 
     def learn_words(self, captions: Iterable[str]) -> list[str]:
         """Adds the words of training captions to those known, so that sampling can name those it has never seen;
