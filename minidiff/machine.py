@@ -47,7 +47,10 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["accelerate.Accelerator", str]:  # noqa: F821
-    """Returns accelerate's Accelerator for this process, and the precision it computes in."""
+    """Returns accelerate's Accelerator for this process, and the precision it computes in.
+
+    Raises InputError (MD-ENV-006) if the launcher asks accelerate to divide the weights among the processes.
+    """
     chosen = resolve_device(device)
     # accelerate reads these when it is created; a device that was asked for must be the one that is used
     os.environ.setdefault("ACCELERATE_USE_CPU", str(chosen.type == "cpu").lower())
@@ -58,6 +61,12 @@ def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["acc
     name = resolve_precision(precision, chosen)
     mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[name]
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed, gradient_accumulation_steps=accumulate)
+    if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise InputError(
+            "MD-ENV-006",
+            f"accelerate was configured for {kind}, which divides the weights among the processes, and minidiff's "
+            "average and checkpoints need whole ones. Launch with torchrun, or with `accelerate launch --multi_gpu`.",
+        )
     return accelerator, name
 
 

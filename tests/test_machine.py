@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minidiff import machine
-from minidiff.errors import MachineError, NumericsError
+from minidiff.errors import InputError, MachineError, NumericsError
 from minidiff.machine import failures_in_words, require_equal_weights
 
 CPU = torch.device("cpu")
@@ -58,3 +58,13 @@ def test_F9_a_lost_process_is_said_in_words_and_other_errors_stay(monkeypatch):
         raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
     with pytest.raises(RuntimeError, match="^shape"), failures_in_words(1, 1, torch.device("cpu")):
         raise RuntimeError("shape mismatch")
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_weights_that_a_launcher_would_divide_are_refused(kind, monkeypatch):
+    import accelerate
+
+    divided = SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **_: divided)
+    with pytest.raises(InputError, match=f"MD-ENV-006.*{kind}.*torchrun"):
+        machine.open_accelerator("cpu", "fp32", 1)

@@ -127,6 +127,16 @@ def test_B3_a_stream_without_a_picture_ends_in_words(tmp_path):
         read(source, 1)
 
 
+def test_C1_C8_a_stream_of_something_else_ends_in_words(tmp_path):
+    glob = files(tmp_path, 40)
+    with pytest.raises(DataError, match="MD-DATA-013|MD-DATA-021"):
+        data.parquet(glob, image="captions", caption="captions", streaming=True)
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:-2000] + bytes(2000))
+    with pytest.raises(DataError, match="MD-DATA-009|MD-DATA-021"):
+        data.parquet(glob, streaming=True)
+
+
 def flaky(monkeypatch, fails: set[int], error=ConnectionError) -> list[int]:
     """Makes these attempts to read a row fail, counted from 0; returns the list that collects what was waited."""
     waited, reads, original = [], [], streaming.part_of

@@ -274,8 +274,8 @@ def _split(
             f"{str(error).splitlines()[0]}",
         ) from error
     if streaming:
-        keeps = Keeps(image, caption, column, train)
-        return Source(name, *_set_aside(name, rows, keeps, validation), image, caption, remarks, buffer_size)
+        parts = _set_aside(name, rows, Keeps(image, caption, column, train), validation)
+        return Source(name, *parts, image, caption, remarks, buffer_size)
     if column is None:
         parts = {} if len(rows) < 2 else rows.train_test_split(min(512, max(1, len(rows) // 20)), seed=0)
         return Source(name, parts.get("train", rows), parts.get("test", rows), image, caption, remarks)
@@ -307,14 +307,21 @@ def _set_aside(
     """Divides a stream: the first HELD rows of the validation split; or, without a column, HELD rows drawn from the
     first HEAD (one in twenty of a shorter stream), which are known by their content and left out of training.
 
-    Raises DataError (MD-DATA-005) if there are none.
+    Raises DataError (MD-DATA-005) if there are none, and (MD-DATA-021) if they cannot be read.
     """
-    if keeps.column is None:
-        held = _here(_files_shuffled(rows, seed=0), HEAD).shuffle(seed=0)
-        held = held.select(range(HELD if len(held) == HEAD else max(min(1, len(held)), len(held) // 20)))
-        keeps = replace(keeps, held=frozenset(map(keeps.digest, held)))
-    else:
-        held = _here(rows.filter(replace(keeps, wanted=validation)), HELD)
+    try:
+        if keeps.column is None:
+            held = _here(_files_shuffled(rows, seed=0), HEAD).shuffle(seed=0)
+            held = held.select(range(HELD if len(held) == HEAD else max(min(1, len(held)), len(held) // 20)))
+            keeps = replace(keeps, held=frozenset(map(keeps.digest, held)))
+        else:
+            held = _here(rows.filter(replace(keeps, wanted=validation)), HELD)
+    except (OSError, TypeError, ValueError, AttributeError) as error:  # damaged files, or a column of something else
+        raise DataError(
+            "MD-DATA-021",
+            f"The first rows of {name} cannot be read as a stream ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}). Check data.image, and that the files are whole.",
+        ) from error
     if len(held) == 0:
         raise _no_rows(name if keeps.column is None else f"{name}, {keeps.column}='{validation}',")
     return rows.filter(keeps), held
