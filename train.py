@@ -134,7 +134,7 @@ class Run:
         values, source, ranks = self.values, self.source, self.accelerator.num_processes
         part = data.share(values["batch_size"], ranks, values["accumulate"])
         look = {"image_size": values["image_size"], "background": values["background"], "seed": values["seed"]}
-        train = data.CaptionedImages(source.train, source.image, source.caption, **look)
+        train = data.CaptionedImages(source.train, source.image, source.caption, **look, together=source.together)
         held = data.CaptionedImages(source.validation, source.image, source.caption, **look, shuffle=False)
         self.bad_rows = data.BadRows(len(train), values["max_bad"])
         remarks = self.task.learn_words(train.all_captions())

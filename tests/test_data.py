@@ -47,6 +47,16 @@ def test_every_image_once_per_epoch_in_a_new_order_with_its_own_caption():
     assert {caption[-1] for epoch in epochs for _, caption in epoch} == {"a", "b"}
 
 
+def test_rows_that_belong_together_are_shuffled_as_one():
+    samples = stream(14, seed=3, together=4)
+    epochs = [[samples[14 * e + i].row for i in range(14)] for e in range(5)]
+    for order in epochs:
+        assert sorted(order) == list(range(14))
+        groups = [order[i : i + 4] for i in (0, 4, 8)]
+        assert sorted(groups) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert len({tuple(order) for order in epochs}) > 1
+
+
 def test_C4_caption_and_row_depend_on_seed_and_place_alone():
     places = [25, 3, 17]
     assert seen(stream(), places) == seen(stream(), places)

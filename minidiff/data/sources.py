@@ -24,6 +24,7 @@ class Source:
     image: str = "image"
     caption: str = "captions"
     remarks: tuple[str, ...] = ()  # what the user should know before training on it
+    together: int = 1  # rows in succession that shuffling keeps side by side
 
     def fingerprint(self) -> str:
         """Names the training rows by their number, columns and content (of rows spread evenly over them)."""
@@ -42,21 +43,34 @@ def undecoded(rows: "datasets.Dataset", image: str) -> "datasets.Dataset":  # no
     return rows.cast_column(image, datasets.Image(decode=False))
 
 
-def shapes(image_size: int, n: int, validation: int, seed: int = 0, weights: dict[str, float] | None = None) -> Source:
+def shapes(
+    image_size: int,
+    n: int,
+    validation: int,
+    seed: int = 0,
+    weights: dict[str, float] | None = None,
+    siblings: int = 1,
+) -> Source:
     """Procedural scenes with exact ground truth (`minidiff.shapes`): `n` to train on, `validation` of the test split.
 
     Drawn once and kept in the cache of `datasets`. `weights` are the shares of the scene categories. The captions are
     descriptions: what a short prompt leaves open would only blur what the network learns of the words it does hold
-    (Betker et al. 2023, DALL·E 3, train on 95 % descriptive captions for that reason).
+    (Betker et al. 2023, DALL·E 3, train on 95 % descriptive captions for that reason). `siblings` > 1 puts as many scenes
+    side by side that differ in little: a contrastive model then has to listen to every word, and to the order of words
+    (Yüksekgönül et al. 2023, "When and why vision-language models behave like bags-of-words").
     """
     from minidiff.shapes import WEIGHTS
 
     weights = dict(WEIGHTS if weights is None else weights)
-    train, test = (_scenes(split, k, image_size, seed, weights) for split, k in (("train", n), ("test", validation)))
-    return Source("shapes", train, test)
+    train, test = (
+        _scenes(split, k, image_size, seed, weights, siblings) for split, k in (("train", n), ("test", validation))
+    )
+    return Source("shapes", train, test, together=siblings)
 
 
-def _scenes(split: str, n: int, image_size: int, seed: int, weights: dict[str, float]) -> "datasets.Dataset":  # noqa: F821
+def _scenes(
+    split: str, n: int, image_size: int, seed: int, weights: dict[str, float], siblings: int
+) -> "datasets.Dataset":  # noqa: F821
     import datasets
 
     features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
@@ -66,6 +80,7 @@ def _scenes(split: str, n: int, image_size: int, seed: int, weights: dict[str, f
         "image_size": image_size,
         "seed": seed,
         "weights": weights,
+        "siblings": siblings,
         "code": _shapes_code(),
     }
     with _quiet():
@@ -73,14 +88,14 @@ def _scenes(split: str, n: int, image_size: int, seed: int, weights: dict[str, f
 
 
 def _draw_scenes(
-    split: str, n: int, image_size: int, seed: int, weights: dict[str, float], code: str
+    split: str, n: int, image_size: int, seed: int, weights: dict[str, float], siblings: int, code: str
 ) -> Iterator[dict]:
     from PIL import Image
 
     from minidiff.shapes import example, render
 
     for i in range(n):
-        scene = example(split, i, seed, weights)
+        scene = example(split, i, seed, weights, siblings)
         png = io.BytesIO()
         Image.fromarray(render(scene.scene, image_size)).save(png, "PNG", compress_level=1)
         descriptions = list(scene.captions[1:])  # the first is a test's prompt

@@ -64,13 +64,14 @@ class CaptionedImages(Dataset):
         background: Sequence[int] = (255, 255, 255),  # what transparency shows
         seed: int = 0,
         shuffle: bool = True,  # False: in order, and always the first caption
+        together: int = 1,  # rows in succession that shuffling keeps side by side
     ) -> None:
         from minidiff.data.sources import undecoded
 
         self.rows = undecoded(rows, image).select_columns([image, caption])
         self.image, self.caption = image, caption
         self.image_size, self.background = image_size, tuple(background)
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.together = seed, shuffle, together
         self.without_caption = 0  # rows, known after `all_captions`
         self._memory: dict[int, tuple[Tensor, list[str]]] = {}
 
@@ -79,7 +80,7 @@ class CaptionedImages(Dataset):
 
     def __getitem__(self, i: int) -> Sample:
         epoch, place = divmod(i, len(self.rows))
-        row = int(_order(self.seed, epoch, len(self.rows))[place]) if self.shuffle else place
+        row = int(_order(self.seed, epoch, len(self.rows), self.together)[place]) if self.shuffle else place
         skipped: list[str] = []
         for k in range(min(len(self.rows), IN_A_ROW)):  # a row that cannot be read gives way to the next one
             at = (row + k) % len(self.rows)
@@ -128,8 +129,11 @@ class CaptionedImages(Dataset):
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, n: int) -> Tensor:
-    return torch.randperm(n, generator=generator(seed, "order", epoch))
+def _order(seed: int, epoch: int, n: int, together: int) -> Tensor:
+    """Returns the rows of an epoch in their order; a remainder that fills no group comes last."""
+    groups = torch.randperm(n // together, generator=generator(seed, "order", epoch))
+    shuffled = (groups[:, None] * together + torch.arange(together)).flatten()
+    return torch.cat([shuffled, torch.arange(len(shuffled), n)])
 
 
 class BadRows:
