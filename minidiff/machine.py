@@ -64,7 +64,7 @@ def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["acc
 
 
 def stay_on_this_machine() -> None:
-    """Has processes that all run on this machine exchange gradients over its loopback: nobody proves there who he is."""
+    """Has processes that all run on this machine talk over its loopback: their exchange asks nobody who he is."""
     ranks = os.environ.get("WORLD_SIZE", "1")
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux', macOS'
     if ranks != "1" and ranks == os.environ.get("LOCAL_WORLD_SIZE") and loopback:

@@ -1,9 +1,10 @@
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_RUN
+from conftest import ROOT, TINY_RUN
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -64,6 +65,43 @@ def test_F9_a_lost_process_is_said_in_words_and_other_errors_stay(monkeypatch):
         raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
     with pytest.raises(RuntimeError, match="^shape"), failures_in_words(1, 1, torch.device("cpu")):
         raise RuntimeError("shape mismatch")
+
+
+@pytest.mark.parametrize(
+    "ranks, here, chosen, expected",
+    [("2", "2", None, "lo"), ("16", "8", None, None), ("1", "1", None, None), (None, None, None, None)]
+    + [("2", "2", "eth7", "eth7")],
+    ids=["one_machine", "two_machines", "one_process", "no_launcher", "chosen_by_the_user"],
+)
+def test_T14_processes_of_one_machine_talk_over_its_loopback(ranks, here, chosen, expected, monkeypatch):
+    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    for name, value in zip(names, (ranks, here, chosen, chosen), strict=True):
+        monkeypatch.setenv(name, value or "")  # so that it is put back, whatever happens to it
+        if value is None:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(machine.socket, "if_nameindex", lambda: [(1, "eth0"), (2, "lo"), (3, "docker0")])
+    machine.stay_on_this_machine()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == os.environ.get("NCCL_SOCKET_IFNAME") == expected
+
+
+def test_T14_the_documents_warn_of_open_networks():
+    for page in ("docs/scale.md", "SECURITY.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        assert "authenticated" in text and "private network" in text, page
+
+
+def test_F11_deterministic_algorithms_are_demanded_for_the_run_alone(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with machine.deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with pytest.raises(ZeroDivisionError), machine.deterministic(True):
+        assert (
+            torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        raise ZeroDivisionError
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 # ---------------------------------------------------------------------------------------------------- Apple's GPUs
