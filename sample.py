@@ -5,7 +5,8 @@
     python sample.py run=stable-diffusion-v1-5 prompt="a small red boat" lora=boats.safetensors lora_scale=0.8
 
 `run` is a run of ours or a Stable Diffusion folder in the layout of diffusers.
-Each PNG carries in its metadata what is needed to make it again: prompt, seed, sampler, steps, guidance, run, version.
+Each PNG carries in its metadata that a model made it, and what is needed to make it again: prompt, seed, sampler,
+steps, guidance, run, version.
 """
 
 import json
@@ -16,6 +17,8 @@ from minidiff.config import SAMPLE_RANGES, build, check, entry
 from minidiff.errors import InputError
 
 METADATA = 16_384  # characters at most; readers, Pillow among them, distrust longer ones
+# IPTC's word for what a trained model made. Anyone can remove it: it informs, and proves nothing.
+MADE_BY_A_MODEL = {"digitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"}
 SETTINGS = ("steps", "guidance", "rescale", "low", "high", "threshold")
 
 
@@ -47,8 +50,9 @@ def main(values: dict) -> None:
     )
     how = describe(pipe.sampling.but(**settings))
     how |= {name: values[name] for name in ("negative", "weights", "lora", "lora_scale")}
+    how |= {"run": pipe.name, "minidiff": minidiff.__version__}
     made = [
-        (to_pil(image), {"prompt": prompt, "seed": seed} | how | {"run": pipe.name, "minidiff": minidiff.__version__})
+        (to_pil(image), MADE_BY_A_MODEL | {"prompt": prompt, "seed": seed} | how)
         for image, (prompt, seed) in zip(images, jobs, strict=True)
     ]
     write(made, values["out"], Path(values["run"]))

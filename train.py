@@ -294,8 +294,9 @@ class Run:
             if newest is None and there != "none":
                 raise CheckpointError(
                     "MD-CKPT-025",
-                    f"{folder} holds checkpoints ({there}), and all of them are damaged. Restore one from a copy; or "
-                    "start anew with resume=none, or under another name=.",
+                    f"{folder} holds checkpoints ({there}), and none of them can be used: the warning above says why "
+                    "(damaged, or of another version of minidiff). Restore one from a copy, or go on with the version "
+                    "that wrote it; or start anew with resume=none, or under another name=.",
                 )
             return newest
         if not Path(wanted).is_dir():
