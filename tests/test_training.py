@@ -126,6 +126,19 @@ def test_F11_two_runs_on_a_gpu_are_equal_bit_for_bit(tmp_path):
     assert all(torch.equal(x, b[part][name]) for part in a for name, x in a[part].items())
 
 
+@pytest.mark.parametrize("drop_cond", [0.0, 1.0])
+def test_F8_every_parameter_takes_part_whatever_is_dropped(drop_cond):
+    from conftest import TINY_RUN
+
+    from minidiff.config import build, compose
+    from minidiff.data import Batch
+
+    task = build(compose("train", [*TINY_RUN, f"drop_cond={drop_cond}"])["task"])
+    batch = Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), ["a star", "a red ring"], [0, 1], [])
+    task.loss(batch)[0].backward()
+    assert [name for name, p in task.model.named_parameters() if p.grad is None] == []
+
+
 def test_G1_a_prompt_of_10_000_letters_is_drawn_and_captioned_in_no_time(tiny_run):
     import minidiff
     from minidiff.viz import grid
