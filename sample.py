@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from minidiff.config import SAMPLE_RANGES, build, check, entry
-from minidiff.errors import InputError
+from minidiff.errors import InputError, MachineError
 
 METADATA = 16_384  # characters at most; readers, Pillow among them, distrust longer ones
 # IPTC's word for what a trained model made. Anyone can remove it: it informs, and proves nothing.
@@ -26,6 +26,8 @@ SETTINGS = ("steps", "guidance", "rescale", "low", "high", "threshold")
 def main(values: dict) -> None:
     check(values, SAMPLE_RANGES)
     prompts = read_prompts(values)
+
+    import torch
 
     import minidiff
     from minidiff.pipeline import to_pil
@@ -41,13 +43,21 @@ def main(values: dict) -> None:
     settings = {name: values[name] for name in SETTINGS}
     settings |= {name: build(values[name]) for name in ("sampler", "grid") if values.get(name)}
     jobs = [(prompt, values["seed"] + i) for prompt in prompts for i in range(values["n"])]
-    images = pipe.sample(
-        [prompt for prompt, _ in jobs],
-        [seed for _, seed in jobs],
-        negative=values["negative"],
-        batch_size=values["batch_size"],
-        **settings,
-    )
+    try:
+        images = pipe.sample(
+            [prompt for prompt, _ in jobs],
+            [seed for _, seed in jobs],
+            negative=values["negative"],
+            batch_size=values["batch_size"],
+            **settings,
+        )
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            "MD-ENV-006",
+            f"{pipe.device} ran out of memory with batch_size={values['batch_size']} pictures of "
+            f"{pipe.space.image_size}×{pipe.space.image_size} pixels at once. Take a smaller batch_size; or "
+            "guidance=1, which halves the network's batch; or device=cpu. Nothing was written.",
+        ) from error
     how = describe(pipe.sampling.but(**settings))
     how |= {name: values[name] for name in ("negative", "weights", "lora", "lora_scale")}
     how |= {"run": pipe.name, "minidiff": minidiff.__version__}

@@ -10,6 +10,7 @@ from conftest import TINY_RUN, train
 from PIL import Image
 
 from minidiff.config import compose
+from minidiff.errors import MachineError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,6 +119,23 @@ def test_R7_a_picture_is_a_function_of_prompt_seed_and_settings(tiny_run, tmp_pa
         # sums in another order may differ in the last bit, and that one grey level in a few thousand
         assert np.abs(one - other).max() <= 1 and (one != other).mean() < 1e-2
     assert len({Path("once", name).read_bytes() for name in files}) == 8
+
+
+def test_F12_out_of_memory_while_pictures_are_drawn_is_said_in_words(tiny_run, tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import sample
+    from minidiff.pipeline import Pipeline
+
+    def too_many(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Pipeline, "sample", too_many)
+    values = compose("sample", [f"run={tiny_run}", "prompt=x", "batch_size=7", f"out={tmp_path / 'p'}", "device=cpu"])
+    with pytest.raises(MachineError, match="MD-ENV-006.*batch_size=7 .*32×32.*smaller.*guidance=1.*device=cpu") as e:
+        sample.main.__wrapped__(values)
+    assert e.value.exit_code == 6 and not (tmp_path / "p").exists()
 
 
 def test_G1_prompt_files_with_blank_lines_bom_and_crlf(tiny_run, tmp_path):
