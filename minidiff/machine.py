@@ -78,10 +78,12 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
     A CPU has no others. On CUDA, this must come before the first matrix product: cuBLAS reads its setting once.
     """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted or before)
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:

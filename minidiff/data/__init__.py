@@ -25,14 +25,5 @@ from minidiff.data.stream import (
 )
 
 __all__ = ["BadRows", "Batch", "CaptionedImages", "Source", "auto_workers", "collate", "dead_workers"]
-__all__ += [
-    "first_batches",
-    "folder",
-    "hub",
-    "load_image",
-    "loader",
-    "parquet",
-    "shapes",
-    "share",
-    "treat_empty_captions",
-]
+__all__ += ["first_batches", "folder", "hub", "load_image", "loader", "parquet", "shapes", "share"]
+__all__ += ["treat_empty_captions"]

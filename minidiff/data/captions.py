@@ -9,8 +9,9 @@ from minidiff.errors import DataError
 def texts(value: object) -> list[str]:
     """Returns the captions of one row; a row without words gives the empty caption, which trains unconditionally.
 
-    Numbers are written out, bytes must be UTF-8 (UnicodeDecodeError otherwise), NaN (a missing number) is no caption.
-    Raises DataError (MD-DATA-008) for dictionaries, where only the user knows which entry is meant.
+    Lists are opened, nested ones too; numbers are written out, bytes must be UTF-8 (UnicodeDecodeError otherwise), NaN
+    (a missing number) is no caption. Raises DataError (MD-DATA-008) for dictionaries, where only the user knows which
+    entry is meant.
     """
     if isinstance(value, list | tuple):
         return [text for entry in value for text in texts(entry) if text] or [""]
