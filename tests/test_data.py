@@ -330,6 +330,19 @@ def test_D2_a_killed_worker_is_said_in_words():
         raise RuntimeError("something else")
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=["reset", "closed"]
+)
+def test_D2_a_worker_that_dies_while_it_sends_is_said_in_words(error, monkeypatch):
+    def broken(*_, **__):
+        yield data.collate([stream()[0]])
+        raise error
+
+    monkeypatch.setattr(data.stream, "DataLoader", broken)
+    with pytest.raises(MachineError, match="MD-DATA-012.*DataLoader worker.*workers=0"), data.dead_workers():
+        take(data.loader(stream(), 1, workers=1), 2)
+
+
 def test_D3_what_a_worker_gets_can_be_sent_to_a_fresh_process():
     """macOS, Windows and Python 3.14 start workers anew: everything travels by pickle, and lambdas cannot."""
     from multiprocessing.reduction import ForkingPickler
