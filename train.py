@@ -30,11 +30,12 @@ def train(values: dict) -> None:
     """
     from minidiff import data
     from minidiff.interrupt import Interruption, lock
-    from minidiff.machine import failures_in_words, first_process
+    from minidiff.machine import deterministic, failures_in_words, first_process
 
     check(values, TRAIN_RANGES)
     check_name(values["name"])
-    with lock(Path("runs") / values["name"]) if first_process() else nullcontext(), data.dead_workers():
+    alone = lock(Path("runs") / values["name"]) if first_process() else nullcontext()
+    with alone, data.dead_workers(), deterministic(values["deterministic"]):
         run = Run(values)
         try:
             limits = values["batch_size"], values["image_size"], run.accelerator.device
@@ -81,7 +82,9 @@ class Run:
     def __init__(self, values: dict) -> None:
         import torch
 
+        from minidiff import data
         from minidiff.ema import EMA
+        from minidiff.fit import UsualLoss
         from minidiff.log import NoLog, RunLog
         from minidiff.machine import compile_network, first_process, open_accelerator, require_space
 
@@ -102,10 +105,11 @@ class Run:
             self.begin_with(values["init"])
         self.ema = EMA(self.model, values["ema"])
         self.start, self.seen, self.left_out, self.failed_saves, saved = 0, 0, 0, 0, {}
+        self.usual_loss = UsualLoss()
         if came_from is not None:
             saved = self.restore(came_from)
 
-        self.source = build(values["data"])
+        self.source = data.treat_empty_captions(build(values["data"]), values["empty_caption"])
         self.fingerprint = self.source.fingerprint()
         changes = self.what_changed(saved)
         self.batches, self.validation, remarks = self.open_data()
@@ -181,11 +185,17 @@ class Run:
     def take(self, step: "Step") -> None:  # noqa: F821
         """Moves the average after an update, and says what went wrong in it."""
         self.seen += self.values["batch_size"]
+        rows = ", ".join(map(str, step.rows[:16]))
         if step.finite:
             self.ema.update(self.model)
+            if (usual := self.usual_loss.before_spike(step.loss.item())) is not None:
+                self.log.say(
+                    f"warning: the loss of step {step.step} is {step.loss.item():.3g}, and {usual:.3g} is usual here; "
+                    f"the update was made. Its rows: {rows}. If the loss does not come down again, go back by "
+                    "resume=CHECKPOINT with a lower optim.lr"
+                )
         else:
             self.left_out += 1
-            rows = ", ".join(map(str, step.rows[:16]))
             self.log.say(
                 f"warning: step {step.step} is not finite (loss {step.loss.item()}, gradient norm "
                 f"{step.grad_norm.item()}) and was left out; its rows: {rows}"
@@ -284,8 +294,9 @@ class Run:
             if newest is None and there != "none":
                 raise CheckpointError(
                     "MD-CKPT-025",
-                    f"{folder} holds checkpoints ({there}), and all of them are damaged. Restore one from a copy; or "
-                    "start anew with resume=none, or under another name=.",
+                    f"{folder} holds checkpoints ({there}), and none of them can be used: the warning above says why "
+                    "(damaged, or of another version of minidiff). Restore one from a copy, or go on with the version "
+                    "that wrote it; or start anew with resume=none, or under another name=.",
                 )
             return newest
         if not Path(wanted).is_dir():
@@ -336,6 +347,10 @@ class Run:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         passes = self.steps * values["batch_size"] / len(source.train)
+        if device.type == "cuda":
+            computing += (
+                ", same bits every time" if values["deterministic"] else ", last bits vary (see deterministic=)"
+            )
         rows = {
             "model": f"{type(self.model).__name__}, {parameters:.2f} M parameters",
             "device": f"{device} ({where}), {computing}, {self.accelerator.num_processes} process(es)",

@@ -4,6 +4,7 @@ silently.
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["acc
     chosen = resolve_device(device)
     # accelerate reads these when it is created; a device that was asked for must be the one that is used
     os.environ.setdefault("ACCELERATE_USE_CPU", str(chosen.type == "cpu").lower())
+    stay_on_this_machine()
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -59,6 +61,33 @@ def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["acc
     mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[name]
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision=mixed, gradient_accumulation_steps=accumulate)
     return accelerator, name
+
+
+def stay_on_this_machine() -> None:
+    """Has processes that all run on this machine talk over its loopback: their exchange asks nobody who he is."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux', macOS'
+    if ranks != "1" and ranks == os.environ.get("LOCAL_WORLD_SIZE") and loopback:
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback[0])
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Where `wanted`, allows PyTorch only algorithms that give the same bits every time; some are slower.
+
+    A CPU has no others. On CUDA, this must come before the first matrix product: cuBLAS reads its setting once.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def compile_network(net: torch.nn.Module, wanted: bool | str, device: torch.device) -> str:
@@ -127,7 +156,7 @@ def failures_in_words(batch_size: int, image_size: int, device: torch.device) ->
             "MD-ENV-004",
             f"{device} ran out of memory with batch_size={batch_size} and image_size={image_size} (at most {peak:.1f} "
             "GiB were in use). Divide the updates with accumulate=2, or take a smaller batch_size; train with "
-            "precision=bf16; or take a smaller image_size or network. The last checkpoint is good.",
+            "precision=bf16; or take a smaller image_size or network. What was saved is whole.",
         ) from error
     except (torch.distributed.DistError, RuntimeError) as error:
         lost = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "Socket", "NCCL")

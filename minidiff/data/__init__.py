@@ -9,6 +9,7 @@ square (`images`), pick one caption (`captions`). Which row and which caption th
 exactly once per epoch.
 """
 
+from minidiff.data.captions import treat_empty_captions
 from minidiff.data.images import load_image
 from minidiff.data.sources import Source, folder, hub, parquet, shapes
 from minidiff.data.stream import (
@@ -25,3 +26,4 @@ from minidiff.data.stream import (
 
 __all__ = ["BadRows", "Batch", "CaptionedImages", "Source", "auto_workers", "collate", "dead_workers"]
 __all__ += ["first_batches", "folder", "hub", "load_image", "loader", "parquet", "shapes", "share"]
+__all__ += ["treat_empty_captions"]

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,7 +200,7 @@ def _check_metadata(root: Path) -> tuple[str, ...]:
 
 
 # What `datasets` may read with. Its other builders unpickle (pandas), or run more than a data set needs.
-BUILDERS = ("parquet", "arrow", "imagefolder", "webdataset", "json", "csv")
+BUILDERS = ("parquet", "arrow", "imagefolder", "webdataset", "json", "csv", "cache")  # cache: what one of them made
 
 
 def hub(
@@ -221,14 +222,28 @@ def hub(
             builder.download_and_prepare()
             rows = builder.as_dataset(split=split)
     except (OSError, ValueError) as error:
+        at = f" data.revision={revision}" if revision else ""
         raise DataError(
             "MD-DATA-003",
             f"The dataset data.path={path} (split {split}) could not be read from the Hugging Face Hub or its "
             f"local cache: {str(error).splitlines()[0]} It may be misspelt, private or gated (log in with `hf auth "
-            "login`), or this machine is offline. data=shapes is built in and needs no network.",
+            "login`), or this machine is offline: then fetch it once where there is internet, by `python -m "
+            f"minidiff.doctor data=hub data.path={path}{at}`, and copy ~/.cache/huggingface/datasets (its place is "
+            "$HF_DATASETS_CACHE). data=shapes is built in and needs no network.",
         ) from error
-    commit = str(builder.base_path or "").rpartition("@")[2][:40] or revision
-    return _split(f"hub {path}@{commit}", rows, image, caption, None, "train", "test")
+    if kind != "cache":
+        commit = str(builder.base_path or "").rpartition("@")[2][:40] or revision
+        return _split(f"hub {path}@{commit}", rows, image, caption, None, "train", "test")
+    commit = builder.hash  # of the copy that was fetched last, whatever revision was asked for
+    pinned = re.fullmatch("[0-9a-f]{7,40}", revision or "")
+    if pinned and not commit.startswith(revision):
+        raise DataError(
+            "MD-DATA-018",
+            f"The Hugging Face Hub cannot be reached, and the local cache holds {path} at the commit {commit}, not at "
+            f"data.revision={revision}. Go online, or train on what is there by data.revision={commit}.",
+        )
+    remark = f"the Hugging Face Hub cannot be reached: {path} is the local cache's copy of it, commit {commit}"
+    return _split(f"hub {path}@{commit}", rows, image, caption, None, "train", "test", () if pinned else (remark,))
 
 
 def _split(

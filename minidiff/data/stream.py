@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -249,10 +250,14 @@ def loader(
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
     )
-    for batch in batches:
-        if isinstance(batch, MinidiffError):
-            raise batch
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, MinidiffError):
+                raise batch
+            yield batch
+    except (ConnectionError, EOFError) as error:  # a worker died while it sent, and nobody has been told yet
+        time.sleep(1)  # until the signal of its death comes, at which PyTorch raises an error of its own
+        raise RuntimeError("the connection to a DataLoader worker broke") from error
 
 
 @contextmanager
