@@ -11,6 +11,7 @@ rounding.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,10 +149,11 @@ class Pipeline:
     def guided(self, cond: Cond, null: Cond, how: Sampling) -> Callable:
         """Returns the denoiser that samplers see: classifier-free guidance, its interval, and a bounded x0_hat."""
         process, cond, null = self.denoiser.process, cond.to(self.device), null.to(self.device)
+        prepared = cache(self.denoiser.net.prepare)  # what depends on words alone: once, and not at every step
 
         @torch.no_grad()
         def network(xt: Tensor, t: Tensor, c: Cond) -> tuple[Tensor, Tensor]:
-            return self.denoiser(xt, t, c)
+            return self.denoiser(xt, t, prepared(c))
 
         denoise = guidance.guided(network, process, cond, null, how.guidance, how.rescale)
         if (how.low, how.high) != (0, 1):
