@@ -1,3 +1,6 @@
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -58,3 +61,23 @@ def test_F9_a_lost_process_is_said_in_words_and_other_errors_stay(monkeypatch):
         raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
     with pytest.raises(RuntimeError, match="^shape"), failures_in_words(1, 1, torch.device("cpu")):
         raise RuntimeError("shape mismatch")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide for themselves")
+def test_memory_that_is_kept_is_not_asked_for_again():
+    code = """
+import resource, sys, torch
+from minidiff.machine import keep_memory
+if sys.argv[1] == "keep":
+    assert keep_memory(torch.device("cpu")) and not keep_memory(torch.device("meta"))
+x = torch.ones(16 * 2**18)  # 16 MiB, 4096 pages
+for _ in range(3):
+    (x + 1).exp()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    (x + 1).exp()  # two blocks at once are more than is kept for nothing
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    run = {"capture_output": True, "text": True, "check": True}
+    pages = {how: int(subprocess.run([sys.executable, "-c", code, how], **run).stdout) for how in ("keep", "as it is")}
+    assert pages["keep"] < pages["as it is"] / 4  # at first it still looks for places
