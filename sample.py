@@ -31,6 +31,9 @@ def main(values: dict) -> None:
     if values["lora"] is not None:
         net = pipe.denoiser.net
         minidiff.interop.load_lora(values["lora"], net).merge(net, values["lora_scale"])
+    computing = pipe.compute(values["precision"], values["compile"])
+    if computing != "fp32, eager":
+        print(f"note: computing in {computing}")
     for prompt in dict.fromkeys(prompts):
         for remark in remarks(pipe, prompt):
             print(remark)
@@ -47,6 +50,7 @@ def main(values: dict) -> None:
     )
     how = describe(pipe.sampling.but(**settings))
     how |= {name: values[name] for name in ("negative", "weights", "lora", "lora_scale")}
+    how["precision"] = pipe.precision
     made = [
         (to_pil(image), {"prompt": prompt, "seed": seed} | how | {"run": pipe.name, "minidiff": minidiff.__version__})
         for image, (prompt, seed) in zip(images, jobs, strict=True)

@@ -1,7 +1,8 @@
 """Sampling against diffusers' StableDiffusionPipeline: same weights, DDIM, steps, guidance; each as it comes.
 
-    python bench/sampling.py                              tiny: one picture (latency), eight at once (throughput); 2 minutes
+    python bench/sampling.py                       tiny: one picture (latency), eight at once (throughput); 2 minutes
     python bench/sampling.py --size small --n 1 4 --json FILE
+    python bench/sampling.py --ours precision=bf16 compile=true
 
 Each side loads the folder in a process of its own: theirs with from_pretrained, ours with minidiff.load. What is timed
 goes from prompts to pixels, the text encoder and the decoder included; both have seen the prompt before.
@@ -32,7 +33,10 @@ def peer(folder: str, n: str, steps: str, guidance: str) -> Callable[[], object]
 def ours(folder: str, n: str, steps: str, guidance: str, *choices: str) -> Callable[[], object]:
     import minidiff
 
-    pipe = minidiff.load(folder, device="cpu", **dict(choice.split("=") for choice in choices))
+    pipe = minidiff.load(folder, device="cpu")
+    if choices:
+        chosen = dict(choice.split("=") for choice in choices)
+        print(pipe.compute(chosen.get("precision", "fp32"), chosen.get("compile") == "true"))
     return lambda: pipe(PROMPT, n=int(n), steps=int(steps), guidance=float(guidance))
 
 
@@ -43,7 +47,7 @@ def parent() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="options of minidiff.load")
+    parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="precision=, compile=")
     values = pairs.parse(parser)
     with tempfile.TemporaryDirectory() as place:
         folder = folders.write(Path(place) / "folder", folders.SIZES[values.size])

@@ -1,7 +1,7 @@
 """One side of a comparison in a process of its own, so that memory, allocator and caches are its own.
 
-The parent makes a `Side` of a function's name and calls it as often as it likes (`pairs.compare` takes it as it is); the
-child builds what the function returns, and runs that once per call.
+The parent makes a `Side` of a function's name and calls it as often as it likes (`pairs.compare` takes it as it is);
+the child builds what the function returns, and runs that once per call.
 
     def peer(folder): ...; return run               # in bench/NAME.py, which ends in  sides.main(globals(), parent)
     side = Side(__file__, "peer", folder); side(); side.peak_mib()

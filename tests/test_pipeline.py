@@ -189,3 +189,22 @@ def test_weights_that_change_between_two_pictures_are_heard(pipe):
     assert not torch.allclose(before, pipe.sample(["a star"], [0], steps=2), atol=1e-3)
     kv.data.mul_(-1)
     assert torch.equal(before, pipe.sample(["a star"], [0], steps=2))
+
+
+def test_precision_is_a_choice_and_half_of_it_moves_pixels_a_little(pipe):
+    exact = pipe.sample(["a star"], [0], steps=4)
+    assert pipe.compute("bf16") == "bf16, eager"
+    half = pipe.sample(["a star"], [0], steps=4)
+    assert pipe.compute() == "fp32, eager"
+    assert torch.equal(pipe.sample(["a star"], [0], steps=4), exact)
+    assert half.dtype == torch.float32 and not torch.equal(half, exact)
+    assert (half - exact).abs().mean() < 0.05
+
+
+def test_prepared_words_pass_through_the_compiler_in_one_piece(pipe):
+    cond = pipe.text(["a star", "a ring"])
+    x, tau = torch.randn(2, *pipe.space.shape), torch.tensor([3.0, 900.0])
+    traced = torch.compile(pipe.denoiser.net.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        prepared = pipe.denoiser.net.prepare(cond)
+        torch.testing.assert_close(traced(x, tau, prepared), pipe.denoiser.net(x, tau, cond))
