@@ -36,6 +36,9 @@ def main(values: dict) -> None:
     if values["lora"] is not None:
         net = pipe.denoiser.net
         minidiff.interop.load_lora(values["lora"], net).merge(net, values["lora_scale"])
+    computing = pipe.compute(values["precision"], values["compile"])
+    if computing != "fp32, eager":
+        print(f"note: computing in {computing}")
     for prompt in dict.fromkeys(prompts):
         for remark in remarks(pipe, prompt):
             print(remark)
@@ -61,6 +64,7 @@ def main(values: dict) -> None:
     how = describe(pipe.sampling.but(**settings))
     how |= {name: values[name] for name in ("negative", "weights", "lora", "lora_scale")}
     how |= {"run": pipe.name, "minidiff": minidiff.__version__}
+    how["precision"] = pipe.precision
     made = [
         (to_pil(image), MADE_BY_A_MODEL | {"prompt": prompt, "seed": seed} | how)
         for image, (prompt, seed) in zip(images, jobs, strict=True)

@@ -2,7 +2,9 @@
 silently.
 """
 
+import ctypes
 import os
+import platform
 import shutil
 import socket
 from collections.abc import Iterator
@@ -31,6 +33,19 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def keep_memory(device: torch.device) -> bool:
+    """Has the C library keep what tensors on a CPU free, for the next ones; returns whether it will.
+
+    It gives large blocks back to the system at once, which hands out new ones page by page and zeroed: a sum and an
+    exponential of 4 MiB took 1.2 ms instead of 4.6. The process then stays as large as it once was. glibc only.
+    """
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3  # malloc.h
+    largest = 2**30 if mallopt(mmap_threshold, 2**30) else 2**25  # bytes of a block; older versions take no more
+    return bool(mallopt(mmap_threshold, largest) and mallopt(trim_threshold, 2**31 - 1))
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Returns fp32, bf16 or fp16. `auto` takes bf16 where the hardware multiplies it, and fp32 elsewhere."""
     if precision == "fp16" and device.type != "cuda":
@@ -50,6 +65,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["accelerate.Accelerator", str]:  # noqa: F821
     """Returns accelerate's Accelerator for this process, and the precision it computes in."""
     chosen = resolve_device(device)
+    keep_memory(chosen)
     # accelerate reads these when it is created; a device that was asked for must be the one that is used
     os.environ.setdefault("ACCELERATE_USE_CPU", str(chosen.type == "cpu").lower())
     stay_on_this_machine()

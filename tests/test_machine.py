@@ -1,4 +1,7 @@
 import os
+import platform
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -182,3 +185,23 @@ def test_A11_measuring_latents_puts_no_float64_on_the_device(no_autocast):
     space = Latents(VAE(channels=(4, 4), layers=1, groups=2), 16, measured=True)
     with NoFloat64(), pytest.raises(NumericsError, match="MD-SPACE-003"):  # ones, which have no variance
         space.to("meta").measure([torch.zeros(2, 3, 16, 16, device="meta")])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide for themselves")
+def test_memory_that_is_kept_is_not_asked_for_again():
+    code = """
+import resource, sys, torch
+from minidiff.machine import keep_memory
+if sys.argv[1] == "keep":
+    assert keep_memory(torch.device("cpu")) and not keep_memory(torch.device("meta"))
+x = torch.ones(16 * 2**18)  # 16 MiB, 4096 pages
+for _ in range(3):
+    (x + 1).exp()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    (x + 1).exp()  # two blocks at once are more than is kept for nothing
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    run = {"capture_output": True, "text": True, "check": True}
+    pages = {how: int(subprocess.run([sys.executable, "-c", code, how], **run).stdout) for how in ("keep", "as it is")}
+    assert pages["keep"] < pages["as it is"] / 4  # at first it still looks for places
