@@ -56,8 +56,8 @@ def shapes(
 
     Drawn once and kept in the cache of `datasets`. `weights` are the shares of the scene categories. The captions are
     descriptions: what a short prompt leaves open would only blur what the network learns of the words it does hold
-    (Betker et al. 2023, DALL·E 3, train on 95 % descriptive captions for that reason). `siblings` > 1 puts as many scenes
-    side by side that differ in little: a contrastive model then has to listen to every word, and to the order of words
+    (Betker et al. 2023, DALL·E 3, train on 95 % descriptive captions for that reason). `siblings` > 1 puts as many
+    scenes side by side that differ in little: a contrastive model then has to listen to every word, and to their order
     (Yüksekgönül et al. 2023, "When and why vision-language models behave like bags-of-words").
     """
     from minidiff.shapes import WEIGHTS

@@ -60,8 +60,8 @@ def example(
 ) -> Example:
     """Makes example `index` of a split. `weights` maps categories to their share; categories left out do not occur.
 
-    Each `siblings` examples in succession share their category, background, colours and, in half of the families, shape.
-    They differ in the rest: texture, size, place, number, and which of two shapes has which colour.
+    Each `siblings` examples in succession share category, background, colours and, in half of the families, shape. They
+    differ in the rest: texture, size, place, number, and which of two shapes has which colour.
 
     Raises InputError (MD-SHAPES-001, MD-SHAPES-002) for an unknown split or category.
     """
