@@ -5,7 +5,8 @@
     python sample.py run=stable-diffusion-v1-5 prompt="a small red boat" lora=boats.safetensors lora_scale=0.8
 
 `run` is a run of ours or a Stable Diffusion folder in the layout of diffusers.
-Each PNG carries in its metadata what is needed to make it again: prompt, seed, sampler, steps, guidance, run, version.
+Each PNG carries in its metadata that a model made it, and what is needed to make it again: prompt, seed, sampler,
+steps, guidance, run, version.
 """
 
 import json
@@ -13,9 +14,11 @@ import re
 from pathlib import Path
 
 from minidiff.config import SAMPLE_RANGES, build, check, entry
-from minidiff.errors import InputError
+from minidiff.errors import InputError, MachineError
 
 METADATA = 16_384  # characters at most; readers, Pillow among them, distrust longer ones
+# IPTC's word for what a trained model made. Anyone can remove it: it informs, and proves nothing.
+MADE_BY_A_MODEL = {"digitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"}
 SETTINGS = ("steps", "guidance", "rescale", "low", "high", "threshold")
 
 
@@ -24,6 +27,8 @@ def main(values: dict) -> None:
     check(values, SAMPLE_RANGES)
     prompts = read_prompts(values)
 
+    import torch
+
     import minidiff
     from minidiff.pipeline import to_pil
 
@@ -31,6 +36,9 @@ def main(values: dict) -> None:
     if values["lora"] is not None:
         net = pipe.denoiser.net
         minidiff.interop.load_lora(values["lora"], net).merge(net, values["lora_scale"])
+    computing = pipe.compute(values["precision"], values["compile"])
+    if computing != "fp32, eager":
+        print(f"note: computing in {computing}")
     for prompt in dict.fromkeys(prompts):
         for remark in remarks(pipe, prompt):
             print(remark)
@@ -38,17 +46,27 @@ def main(values: dict) -> None:
     settings = {name: values[name] for name in SETTINGS}
     settings |= {name: build(values[name]) for name in ("sampler", "grid") if values.get(name)}
     jobs = [(prompt, values["seed"] + i) for prompt in prompts for i in range(values["n"])]
-    images = pipe.sample(
-        [prompt for prompt, _ in jobs],
-        [seed for _, seed in jobs],
-        negative=values["negative"],
-        batch_size=values["batch_size"],
-        **settings,
-    )
+    try:
+        images = pipe.sample(
+            [prompt for prompt, _ in jobs],
+            [seed for _, seed in jobs],
+            negative=values["negative"],
+            batch_size=values["batch_size"],
+            **settings,
+        )
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            "MD-ENV-006",
+            f"{pipe.device} ran out of memory with batch_size={values['batch_size']} pictures of "
+            f"{pipe.space.image_size}×{pipe.space.image_size} pixels at once. Take a smaller batch_size; or "
+            "guidance=1, which halves the network's batch; or device=cpu. Nothing was written.",
+        ) from error
     how = describe(pipe.sampling.but(**settings))
     how |= {name: values[name] for name in ("negative", "weights", "lora", "lora_scale")}
+    how |= {"run": pipe.name, "minidiff": minidiff.__version__}
+    how["precision"] = pipe.precision
     made = [
-        (to_pil(image), {"prompt": prompt, "seed": seed} | how | {"run": pipe.name, "minidiff": minidiff.__version__})
+        (to_pil(image), MADE_BY_A_MODEL | {"prompt": prompt, "seed": seed} | how)
         for image, (prompt, seed) in zip(images, jobs, strict=True)
     ]
     write(made, values["out"], Path(values["run"]))

@@ -30,11 +30,12 @@ def train(values: dict) -> None:
     """
     from minidiff import data
     from minidiff.interrupt import Interruption, lock
-    from minidiff.machine import failures_in_words, first_process
+    from minidiff.machine import deterministic, failures_in_words, first_process
 
     check(values, TRAIN_RANGES)
     check_name(values["name"])
-    with lock(Path("runs") / values["name"]) if first_process() else nullcontext(), data.dead_workers():
+    alone = lock(Path("runs") / values["name"]) if first_process() else nullcontext()
+    with alone, data.dead_workers(), deterministic(values["deterministic"]):
         run = Run(values)
         try:
             limits = values["batch_size"], values["image_size"], run.accelerator.device
@@ -83,8 +84,10 @@ class Run:
     def __init__(self, values: dict) -> None:
         import torch
 
+        from minidiff import data
         from minidiff.cache import cache_folder
         from minidiff.ema import EMA
+        from minidiff.fit import UsualLoss
         from minidiff.log import NoLog, RunLog
         from minidiff.machine import compile_network, first_process, open_accelerator, require_space
 
@@ -105,12 +108,13 @@ class Run:
             self.begin_with(values["init"])
         self.ema = EMA(self.model, values["ema"])
         self.start, self.seen, self.left_out, self.failed_saves, saved = 0, 0, 0, 0, {}
+        self.usual_loss = UsualLoss()
         if came_from is not None:
             saved = self.restore(came_from)
 
         cache = cache_folder(values["cache"])
         self.cached = "none" if cache is None else self.task.remember_in(cache)
-        self.source = build(values["data"])
+        self.source = data.treat_empty_captions(build(values["data"]), values["empty_caption"])
         self.fingerprint = self.source.fingerprint()
         changes = self.what_changed(saved)
         self.batches, self.validation, remarks = self.open_data(saved.get("stream"))
@@ -144,7 +148,7 @@ class Run:
         held = data.CaptionedImages(source.validation, source.image, source.caption, **look, shuffle=False)
         if source.buffer_size is None:
             self.bad_rows = data.BadRows(len(source), values["max_bad"])
-            train = data.CaptionedImages(source.train, source.image, source.caption, **look)
+            train = data.CaptionedImages(source.train, source.image, source.caption, **look, together=source.together)
             remarks = self.task.learn_words(train.all_captions())
             if train.without_caption:
                 rows = f"{train.without_caption} of {len(train)} rows"
@@ -195,11 +199,17 @@ class Run:
     def take(self, step: "Step") -> None:  # noqa: F821
         """Moves the average after an update, and says what went wrong in it."""
         self.seen += self.values["batch_size"]
+        rows = ", ".join(map(str, step.rows[:16]))
         if step.finite:
             self.ema.update(self.model)
+            if (usual := self.usual_loss.before_spike(step.loss.item())) is not None:
+                self.log.say(
+                    f"warning: the loss of step {step.step} is {step.loss.item():.3g}, and {usual:.3g} is usual here; "
+                    f"the update was made. Its rows: {rows}. If the loss does not come down again, go back by "
+                    "resume=CHECKPOINT with a lower optim.lr"
+                )
         else:
             self.left_out += 1
-            rows = ", ".join(map(str, step.rows[:16]))
             self.log.say(
                 f"warning: step {step.step} is not finite (loss {step.loss.item()}, gradient norm "
                 f"{step.grad_norm.item()}) and was left out; its rows: {rows}"
@@ -303,8 +313,9 @@ class Run:
             if newest is None and there != "none":
                 raise CheckpointError(
                     "MD-CKPT-025",
-                    f"{folder} holds checkpoints ({there}), and all of them are damaged. Restore one from a copy; or "
-                    "start anew with resume=none, or under another name=.",
+                    f"{folder} holds checkpoints ({there}), and none of them can be used: the warning above says why "
+                    "(damaged, or of another version of minidiff). Restore one from a copy, or go on with the version "
+                    "that wrote it; or start anew with resume=none, or under another name=.",
                 )
             return newest
         if not Path(wanted).is_dir():
@@ -357,6 +368,10 @@ class Run:
         passes = ""
         if source.buffer_size is None:
             passes = f": {self.steps * values['batch_size'] / len(source):.1f} passes"
+        if device.type == "cuda":
+            computing += (
+                ", same bits every time" if values["deterministic"] else ", last bits vary (see deterministic=)"
+            )
         rows = {
             "model": f"{type(self.model).__name__}, {parameters:.2f} M parameters",
             "device": f"{device} ({where}), {computing}, {self.accelerator.num_processes} process(es)",

@@ -27,8 +27,10 @@ def load(path: str | Path, weights: str = "ema", device: str = "auto"):
     `minidiff.interop.load_pipeline` do.
     """
     from minidiff import interop, pipeline  # here, so that `import minidiff` stays light
-    from minidiff.machine import resolve_device
+    from minidiff.machine import keep_memory, resolve_device
 
+    device = resolve_device(device)
+    keep_memory(device)
     if interop.is_pipeline(path):
-        return interop.load_pipeline(path).to(resolve_device(device))
-    return pipeline.load(path, weights, device)
+        return interop.load_pipeline(path).to(device)
+    return pipeline.load(path, weights, str(device))

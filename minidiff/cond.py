@@ -9,7 +9,7 @@ sampling are the same operation, `cond.where(keep, null)`. It never writes into 
 they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,11 +17,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # equal means the same one, so that a condition can be a key
 class Cond:
     """A batch of conditions. A port that is `None` is closed."""
 
-    tokens: Float[Tensor, "b l d"] | None = None
+    tokens: Float[Tensor, "b l d"] | Mapping | None = None  # a mapping: what `UNet.prepare` made of them, for it alone
     mask: Bool[Tensor, "b l"] | None = None  # True where a token counts; None: all of them
     vector: Float[Tensor, "b v"] | None = None
     image: Float[Tensor, "b c h w"] | None = None

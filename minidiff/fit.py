@@ -8,8 +8,10 @@ is not finite is left out: weights and optimizer stay as they are, bit for bit, 
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 from jaxtyping import Float
@@ -19,6 +21,7 @@ from minidiff.data import Batch
 from minidiff.errors import NumericsError
 
 PATIENCE = 3  # updates in a row that may be left out before the run stops
+SPIKE = 4.0  # how many times the usual loss is worth a word
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,25 @@ def _not_finite(
         f"and the last checkpoint is finite. Rows of the last update: {named}. If the same rows fail again, look at "
         "them; otherwise lower optim.lr, lengthen optim.warmup, or train with precision=fp32.",
     )
+
+
+class UsualLoss:
+    """Tells a finite loss that is far above the usual one: the median of the last 100, once there are 20.
+
+    Nothing is done about it: a spike may be one strange batch, and leaving it out would hide the strange data.
+    """
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=100)
+        self._high = False  # whether the last one was a spike: a series of them is one
+
+    def before_spike(self, loss: float) -> float | None:
+        """Takes note of a loss; returns the usual one where this begins a spike, and None elsewhere."""
+        usual = median(self._recent) if len(self._recent) >= 20 else math.inf
+        begins = loss > SPIKE * usual and not self._high
+        self._high = loss > SPIKE * usual
+        self._recent.append(loss)
+        return usual if begins else None
 
 
 def warmup_cosine(step: int, *, steps: int, lr: float, warmup: int) -> float:

@@ -11,6 +11,7 @@ rounding.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from minidiff.cond import Cond
 from minidiff.config import build
 from minidiff.denoiser import Denoiser
 from minidiff.errors import CheckpointError, InputError
-from minidiff.machine import resolve_device
+from minidiff.machine import compile_network, resolve_device, resolve_precision
 from minidiff.objective import Objective
 from minidiff.process import Process
 from minidiff.samplers import State
@@ -86,6 +87,7 @@ class Pipeline:
 
     def __init__(self, denoiser: Denoiser, space: Space, text: TextEncoder, sampling: Sampling) -> None:
         self.denoiser, self.space, self.text, self.sampling = denoiser, space, text, sampling
+        self.precision = "fp32"  # of the network while sampling
         self.vocabulary: frozenset[str] = frozenset()  # words of the training captions
         self.name = ""  # of the run and checkpoint, for the metadata of pictures
 
@@ -98,6 +100,16 @@ class Pipeline:
         self.space.to(device)
         self.text.to(device)
         return self
+
+    def compute(self, precision: str = "fp32", compile: bool | str = False) -> str:
+        """Chooses how the network computes when sampling: `precision` auto, fp32, bf16 or fp16, compiled or not;
+        returns what was chosen, in words.
+
+        fp32 is exact: a picture is the same in every batch. Half precision moves pixels a little, and compiling takes
+        a minute or more for every new number of pictures at once, which pays when there are many of each.
+        """
+        self.precision = resolve_precision(precision, self.device)
+        return f"{self.precision}, {compile_network(self.denoiser.net, compile, self.device)}"
 
     def __call__(
         self, prompt: str, *, negative: str = "", seed: int = 0, n: int = 1, **settings: object
@@ -148,10 +160,13 @@ class Pipeline:
     def guided(self, cond: Cond, null: Cond, how: Sampling) -> Callable:
         """Returns the denoiser that samplers see: classifier-free guidance, its interval, and a bounded x0_hat."""
         process, cond, null = self.denoiser.process, cond.to(self.device), null.to(self.device)
+        prepared = cache(self.denoiser.net.prepare)  # what depends on words alone: once, and not at every step
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
 
         @torch.no_grad()
         def network(xt: Tensor, t: Tensor, c: Cond) -> tuple[Tensor, Tensor]:
-            return self.denoiser(xt, t, c)
+            with torch.autocast(self.device.type, half, enabled=half is not None):
+                return self.denoiser(xt, t, prepared(c))
 
         denoise = guidance.guided(network, process, cond, null, how.guidance, how.rescale)
         if (how.low, how.high) != (0, 1):

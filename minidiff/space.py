@@ -121,7 +121,7 @@ class Latents:
             return
         count, total, squares = 0, 0.0, 0.0
         for images in batches:
-            z = self.code(images).double()
+            z = self.code(images).cpu().double()  # Apple's GPUs have no float64
             count, total, squares = count + z.numel(), total + z.sum().item(), squares + z.square().sum().item()
         variance = squares / count - (total / count) ** 2 if count else 0.0
         if not 0 < variance < float("inf"):

@@ -56,12 +56,13 @@ def create_clip(model: str, pretrained: str | None = None) -> nn.Module:
         try:
             return open_clip.create_model(model, pretrained=pretrained).eval()
         except (OSError, RuntimeError) as error:
+            repo, _, file = open_clip.get_pretrained_cfg(model, pretrained or "").get("hf_hub", "").rpartition("/")
             raise MachineError(
                 "MD-TEXT-001",
                 f"The pretrained weights '{pretrained}' of OpenCLIP's {model} are neither in the local cache nor "
-                f"could they be downloaded ({type(error).__name__}). Run once on a machine with internet, or copy "
-                "its Hugging Face cache folder here (its place is $HF_HOME), or use text=tiny, which comes with "
-                "minidiff.",
+                f"could they be downloaded ({type(error).__name__}). Fetch them once where there is internet, by "
+                f"`hf download {repo} {file or 'open_clip_model.safetensors'}`, and copy ~/.cache/huggingface/hub "
+                "(its place is $HF_HUB_CACHE) here; or use text=tiny, which comes with minidiff.",
             ) from error
 
 

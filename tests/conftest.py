@@ -40,6 +40,26 @@ def train(folder: Path, *overrides: str, base: Sequence[str] = TINY_RUN) -> Path
     return folder / "runs" / values["name"]
 
 
+@pytest.fixture
+def no_network(monkeypatch) -> list[str]:
+    """Collects every attempt to look up or to reach another machine, or to be reached; each of them fails."""
+    import socket
+
+    tried: list[str] = []
+
+    def refuse(what: str):
+        def attempt(*arguments, **_):
+            tried.append(f"{what} {arguments[-1]!r}")
+            raise OSError("there is no network")
+
+        return attempt
+
+    for name in ("connect", "connect_ex", "bind", "listen", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse(name))
+    monkeypatch.setattr(socket, "getaddrinfo", refuse("getaddrinfo"))
+    return tried
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
     return train(tmp_path_factory.mktemp("tiny"))

@@ -158,6 +158,44 @@ def test_E12_T1_pickles_are_refused_in_words_and_never_run(tmp_path, monkeypatch
     assert not marker.exists()
 
 
+def disguises(bomb: object) -> dict[str, bytes]:
+    """Pickles as they have passed scanners: old protocols, odd headers, archives that are broken or of another kind."""
+    import bz2
+    import gzip
+    import io
+
+    plain, archive = pickle.dumps(bomb), io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as z:
+        z.writestr("archive/data.pkl", plain)
+    zipped = archive.getvalue()
+    return {
+        "protocol 0": pickle.dumps(bomb, protocol=0),
+        "a harmless pickle first": pickle.dumps({}) + plain,
+        "a broken checksum": zipped[:14] + b"\0\0\0\0" + zipped[18:],
+        "encrypted, it says": zipped[:6] + b"\1\0" + zipped[8:],
+        "gzip": gzip.compress(plain),
+        "bzip2": bz2.compress(plain),
+        "tar": b"data.pkl".ljust(257, b"\0") + b"ustar\x0000" + plain,
+        "behind a header of safetensors": (2).to_bytes(8, "little") + b"{}" + plain,
+        "as an array": b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (), }".ljust(128)
+        + plain,
+    }
+
+
+@pytest.mark.parametrize("disguise", disguises(None))
+@pytest.mark.parametrize("name", ["model.safetensors", "model.bin", "model"])
+def test_T2_a_pickle_that_no_scanner_knows_is_refused_like_any_other(disguise, name, tmp_path, monkeypatch):
+    marker = tmp_path / "marker"
+    monkeypatch.setenv("MARKER", str(marker))
+    file = tmp_path / name
+    file.write_bytes(disguises(Bomb())[disguise])
+    with pytest.raises(CheckpointError, match="MD-CKPT-00[34]"):
+        read_tensors(file)
+    with pytest.raises(CheckpointError, match="MD-CKPT-00[123]"):
+        load(file, ["model"])
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("header", [2**63, 10**9, 100, 0])
 def test_E12_safetensors_header_bomb_is_refused(tmp_path, header):
     file = tmp_path / "model.safetensors"

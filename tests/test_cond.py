@@ -41,3 +41,16 @@ def test_cat_repeat_and_slice_agree():
     assert len(three) == 3
     assert torch.equal(three.tokens, one.repeat(3).tokens)
     assert torch.equal(three[1:2].vector, one.vector)
+
+
+@pytest.mark.parametrize("keep", [[True, True], [False, False], [True, False]], ids=["none", "all", "one"])
+def test_F8_a_learned_null_takes_part_whatever_is_dropped(keep):
+    """A parameter without gradient on one process would have the others wait for it, or PyTorch raise."""
+    null = Cond(tokens=torch.ones(1, 3, 2, requires_grad=True), vector=torch.ones(1, 4, requires_grad=True))
+    cond = Cond(tokens=torch.zeros(2, 3, 2, requires_grad=True), vector=torch.zeros(2, 4, requires_grad=True))
+    chosen = cond.where(torch.tensor(keep), null)
+    (chosen.tokens.sum() + chosen.vector.sum()).backward()
+    for mine, its in ((cond.tokens, null.tokens), (cond.vector, null.vector)):
+        assert (its.grad == keep.count(False)).all() and mine.grad.flatten(1).amax(1).tolist() == [
+            float(k) for k in keep
+        ]

@@ -123,6 +123,8 @@ def test_the_top_level_keys_are_frozen():
             "workers",
             "resume",
             "debug",
+            "deterministic",
+            "empty_caption",
             "allow_change",
             "init",
             "max_bad",

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -45,6 +46,16 @@ def test_every_image_once_per_epoch_in_a_new_order_with_its_own_caption():
         assert all(caption.startswith(f"{level} ") for level, caption in epoch)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert {caption[-1] for epoch in epochs for _, caption in epoch} == {"a", "b"}
+
+
+def test_rows_that_belong_together_are_shuffled_as_one():
+    samples = stream(14, seed=3, together=4)
+    epochs = [[samples[14 * e + i].row for i in range(14)] for e in range(5)]
+    for order in epochs:
+        assert sorted(order) == list(range(14))
+        groups = [order[i : i + 4] for i in (0, 4, 8)]
+        assert sorted(groups) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert len({tuple(order) for order in epochs}) > 1
 
 
 def test_C4_caption_and_row_depend_on_seed_and_place_alone():
@@ -329,6 +340,19 @@ def test_D2_a_killed_worker_is_said_in_words():
         raise RuntimeError("something else")
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=["reset", "closed"]
+)
+def test_D2_a_worker_that_dies_while_it_sends_is_said_in_words(error, monkeypatch):
+    def broken(*_, **__):
+        yield data.collate([stream()[0]])
+        raise error
+
+    monkeypatch.setattr(data.stream, "DataLoader", broken)
+    with pytest.raises(MachineError, match="MD-DATA-012.*DataLoader worker.*workers=0"), data.dead_workers():
+        take(data.loader(stream(), 1, workers=1), 2)
+
+
 def test_D3_what_a_worker_gets_can_be_sent_to_a_fresh_process():
     """macOS, Windows and Python 3.14 start workers anew: everything travels by pickle, and lambdas cannot."""
     from multiprocessing.reduction import ForkingPickler
@@ -339,6 +363,25 @@ def test_D3_what_a_worker_gets_can_be_sent_to_a_fresh_process():
     assert reader[[3, 4]].rows == [stream()[3].row, stream()[4].row] and len(functions) == 2
     error = ForkingPickler.loads(ForkingPickler.dumps(DataError("MD-DATA-007", "none")))
     assert (error.code, str(error)) == ("MD-DATA-007", "[MD-DATA-007] none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_D3_workers_that_start_anew_read_what_the_main_process_reads(method):
+    import multiprocessing
+
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        batches = data.loader(stream(), 4, workers=2)
+        there = take(batches, 5)
+        batches.close()
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    for a, b in zip(there, take(data.loader(stream(), 4), 5), strict=True):
+        assert (a.captions, a.index, a.rows) == (b.captions, b.index, b.rows) and torch.equal(a.images, b.images)
 
 
 def test_D8_random_numbers_are_distinct_for_every_sample_and_the_same_on_every_rank():
@@ -437,6 +480,47 @@ def test_C13_a_dataset_that_cannot_be_had_is_said_with_what_to_do(path):
     with pytest.raises(DataError, match="MD-DATA-003|MD-DATA-016") as e:
         data.hub(path)
     assert "data=shapes" in str(e.value) or "parquet" in str(e.value)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, no_network):
+    """The cache of `datasets` as it is after owner/name was read from the hub, on a machine that is offline now."""
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    rows(40).rename_column("captions", "text").to_parquet(tmp_path / "rows.parquet")
+    options = {"cache_dir": str(tmp_path / "cache"), "dataset_name": "name", "hash": COMMIT}
+    builder = Parquet(**options, data_files={"train": [str(tmp_path / "rows.parquet")]})
+    builder.download_and_prepare()
+    fetched = tmp_path / "cache" / "owner___name" / "default"  # where those of the hub lie
+    fetched.parent.mkdir()
+    Path(builder.cache_dir).parents[1].rename(fetched)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return no_network
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT, COMMIT[:7]])
+def test_D5_offline_a_dataset_in_the_cache_is_read_without_a_request(hub_cache, revision):
+    assert datasets.config.HF_HUB_OFFLINE  # which conftest.py asks for, by HF_HUB_OFFLINE=1
+    source = data.hub("owner/name", revision=revision)
+    assert source.name == f"hub owner/name@{COMMIT}" and len(source.train) + len(source.validation) == 40
+    said = [] if revision in (COMMIT, COMMIT[:7]) else [COMMIT]  # what was not pinned might have been another one
+    assert [text[-40:] for text in source.remarks] == said and hub_cache == []
+
+
+def test_D5_T18_offline_another_commit_than_the_pinned_one_is_refused(hub_cache):
+    with pytest.raises(DataError, match=f"MD-DATA-018.*commit {COMMIT}, not at data.revision=fff0123") as e:
+        data.hub("owner/name", revision="fff0123")
+    assert e.value.exit_code == 3 and hub_cache == []
+
+
+def test_D5_offline_a_dataset_that_is_not_in_the_cache_is_named_with_the_command_that_fetches_it(hub_cache):
+    command = "python -m minidiff.doctor data=hub data.path=owner/other data.revision=v1"
+    with pytest.raises(DataError, match="MD-DATA-003") as e:
+        data.hub("owner/other", revision="v1")
+    assert f"`{command}`" in str(e.value) and hub_cache == []
 
 
 def test_C12_embeddings_belong_to_one_encoder_and_caption():

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -54,6 +55,38 @@ def test_C10_C9_dirty_data_are_described_and_shown(dirty, tmp_path, monkeypatch,
     for words in ("cannot be read, such as row", "have no caption", "smaller than image_size=64", "copies of another"):
         assert any(line.startswith("PROBLEM") and words in line for line in shown.splitlines()), (words, shown)
     Image.open(tmp_path / "doctor_data.png").verify()
+
+
+@pytest.mark.parametrize("copies, shared, code", [(0, 0, 0), (1, 0, 0), (2, 0, 3), (0, 3, 3)])
+def test_C10_copies_above_one_in_a_hundred_and_any_overlap_are_problems(
+    copies, shared, code, tmp_path, monkeypatch, capsys
+):
+    """100 rows to train on, `copies` of them copies of the first; 20 to validate, `shared` of them seen in training."""
+    levels = [0 if 0 < i <= copies else i for i in range(100)] + [50 + i if i < shared else 120 + i for i in range(20)]
+    images = [{"bytes": png((level,) * 3, (40, 40)), "path": None} for level in levels]
+    for i in range(100, 120):  # the same pixels in another format are the same picture
+        file = io.BytesIO()
+        Image.new("RGB", (40, 40), (levels[i],) * 3).save(file, "BMP")
+        images[i] = {"bytes": file.getvalue(), "path": None}
+    captions = [["grey", f"level {i}"] if i < 3 else [f"level {i}"] for i in range(120)]
+    table = {"image": images, "captions": captions, "s": ["train"] * 100 + ["test"] * 20}
+    rows = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
+    rows.to_parquet(tmp_path / "rows.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert main(["data=parquet", f"data.path={tmp_path}/rows.parquet", "data.split_column=s"]) == code
+    said = capsys.readouterr().out.splitlines()
+    for words, n, problem in (("are copies of another one", copies, copies > 1), ("of the validation", shared, shared)):
+        (line,) = [line for line in said if words in line]
+        assert line.startswith("PROBLEM" if problem else "ok") and f" {n} of " in line
+    assert [line for line in said if "captions repeat another row's 2 times; 3 of 100: 'grey'" in line]
+
+
+def test_C10_a_look_at_some_rows_says_at_how_many(dirty, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minidiff.doctor.data.LIMIT", 12)
+    main(["data=parquet", f"data.path={dirty}"])
+    shown = capsys.readouterr().out
+    assert "of the validation are in the first 12 rows to train on" in shown and "of 12 have no caption" in shown
 
 
 def test_A10_a_run_is_looked_over(tiny_run, tmp_path, capsys):

@@ -1,3 +1,4 @@
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -6,7 +7,7 @@ from accelerate import Accelerator
 
 from minidiff.data import Batch
 from minidiff.errors import NumericsError
-from minidiff.fit import fit, warmup_cosine
+from minidiff.fit import UsualLoss, fit, warmup_cosine
 
 
 def run(accumulate: int, steps: int = 3, start: int = 0) -> tuple[torch.Tensor, list]:
@@ -141,6 +142,20 @@ def test_F1_a_learning_rate_of_1e20_stops_with_finite_weights():
     with pytest.raises(NumericsError, match=r"MD-NUM-001.*lr 1e\+20"):
         for model, _, _ in poisoned(set(), 50, lr=1e20):
             assert all(x.isfinite().all() for x in model.parameters())
+
+
+def spikes(losses: list[float]) -> list[int]:
+    usual = UsualLoss()
+    return [i for i, loss in enumerate(losses) if usual.before_spike(loss) is not None]
+
+
+def test_F13_a_loss_far_above_the_usual_is_a_spike_once():
+    calm = [1 + 0.5 * math.sin(k) for k in range(60)]
+    assert spikes(calm) == [] and spikes([1000 / (k + 1) for k in range(200)]) == []  # as losses fall
+    assert spikes([*calm, 9.0, 8.0, 1.0, 7.0, *calm]) == [60, 63]  # a series is one
+    assert spikes([*calm[:19], 100.0]) == [] and spikes([*calm[:20], 100.0]) == [20]  # what is usual must be known
+    assert spikes([*calm, *[9.0] * 300, 30.0, 40.0]) == [60, 361]  # what stays is usual, some day
+    assert spikes([*[0.0] * 30, 1.0]) == [30]
 
 
 def test_F4_with_a_scaler_an_overflow_is_left_to_it_and_does_not_count():

@@ -1,9 +1,19 @@
+import os
+import platform
+import subprocess
+import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, TINY_RUN
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minidiff import machine
+from minidiff.config import CONF, build, compose
+from minidiff.data import Batch
 from minidiff.errors import InputError, MachineError, NumericsError
 from minidiff.machine import failures_in_words, require_equal_weights
 
@@ -66,5 +76,145 @@ def test_weights_that_a_launcher_would_divide_are_refused(kind, monkeypatch):
 
     divided = SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
     monkeypatch.setattr(accelerate, "Accelerator", lambda **_: divided)
-    with pytest.raises(InputError, match=f"MD-ENV-006.*{kind}.*torchrun"):
+    with pytest.raises(InputError, match=f"MD-ENV-007.*{kind}.*torchrun"):
         machine.open_accelerator("cpu", "fp32", 1)
+
+
+@pytest.mark.parametrize(
+    "ranks, here, chosen, expected",
+    [("2", "2", None, "lo"), ("16", "8", None, None), ("1", "1", None, None), (None, None, None, None)]
+    + [("2", "2", "eth7", "eth7")],
+    ids=["one_machine", "two_machines", "one_process", "no_launcher", "chosen_by_the_user"],
+)
+def test_T14_processes_of_one_machine_talk_over_its_loopback(ranks, here, chosen, expected, monkeypatch):
+    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    for name, value in zip(names, (ranks, here, chosen, chosen), strict=True):
+        monkeypatch.setenv(name, value or "")  # so that it is put back, whatever happens to it
+        if value is None:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(machine.socket, "if_nameindex", lambda: [(1, "eth0"), (2, "lo"), (3, "docker0")])
+    machine.stay_on_this_machine()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == os.environ.get("NCCL_SOCKET_IFNAME") == expected
+
+
+def test_T14_the_documents_warn_of_open_networks():
+    for page in ("docs/scale.md", "SECURITY.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        assert "authenticated" in text and "private network" in text, page
+
+
+def test_F11_deterministic_algorithms_are_demanded_for_the_run_alone(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with machine.deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with pytest.raises(ZeroDivisionError), machine.deterministic(True):
+        assert (
+            torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        raise ZeroDivisionError
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# ---------------------------------------------------------------------------------------------------- Apple's GPUs
+
+
+class NoFloat64(TorchDispatchMode):
+    """Makes the `meta` device stand for one without float64: such a tensor on it raises, as on Apple's GPUs.
+
+    What leaves the device are ones, so that programs can go on.
+    """
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        there = isinstance(args[0], torch.Tensor) and args[0].device.type == "meta" if args else False
+        if there and f.overloadpacket is torch.ops.aten._local_scalar_dense:
+            return 1.0
+        if there and f.overloadpacket is torch.ops.aten._to_copy and kwargs.get("device") == CPU:
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        out = f(*args, **kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (x.device.type, x.dtype) == ("meta", torch.float64):
+                raise TypeError(f"{f}: the device has no float64")
+        return out
+
+
+def test_the_device_without_float64_is_strict():
+    with NoFloat64(), pytest.raises(TypeError, match="no float64"):
+        torch.ones(2, device="meta") * torch.ones(2, dtype=torch.float64, device="meta")
+    with NoFloat64():
+        x = torch.ones(2, device="meta") * torch.tensor(2.0, dtype=torch.float64)  # a number on the CPU: allowed there
+        assert x.dtype == torch.float32 and x.sum().item() == 1.0
+
+
+@pytest.fixture
+def no_autocast(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which `meta` has none of
+
+
+class Echo(torch.nn.Linear):
+    """A network that costs nothing, for what goes on around it."""
+
+    def prepare(self, cond):
+        return cond
+
+    def forward(self, x, tau, cond):
+        return x * self.bias[0] + tau.reshape(-1, 1, 1, 1) + cond.vector.mean()
+
+
+def test_A11_nothing_puts_float64_on_the_device(no_autocast):
+    from minidiff.ema import EMA
+
+    task = build(compose("train", TINY_RUN)["task"])
+    batch = Batch(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), ["a star", "", "a ring", "a star"], [0, 1, 2, 3], [])
+    with NoFloat64():
+        task.to(torch.device("meta"))
+        value, _ = task.loss(batch)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
+        EMA(task.model, 0.99).update(task.model)
+    task.model = Echo(1, 1, device="meta")
+
+    def sample(**how):
+        how |= {"steps": 3, "low": 0.1, "high": 0.9, "rescale": 0.5, "threshold": 0.9, "guidance": 2.0}
+        with NoFloat64():
+            assert task.pipeline.sample(["a star", "a ring"], [0, 1], **how).shape == (2, 3, 32, 32)
+
+    for name in sorted(file.stem for file in (CONF / "sampler").glob("*.yaml")):
+        sample(sampler=build(compose("train", [f"sampler={name}"])["sampler"]))
+    for name in sorted(file.stem for file in (CONF / "process").glob("*.yaml")):
+        task.pipeline.denoiser.process = build(compose("train", [f"process={name}"])["process"])
+        sample()
+        with NoFloat64():
+            task.loss(batch)
+            task.validate([batch])
+
+
+def test_A11_measuring_latents_puts_no_float64_on_the_device(no_autocast):
+    from minidiff.nn.vae import VAE
+    from minidiff.space import Latents
+
+    space = Latents(VAE(channels=(4, 4), layers=1, groups=2), 16, measured=True)
+    with NoFloat64(), pytest.raises(NumericsError, match="MD-SPACE-003"):  # ones, which have no variance
+        space.to("meta").measure([torch.zeros(2, 3, 16, 16, device="meta")])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide for themselves")
+def test_memory_that_is_kept_is_not_asked_for_again():
+    code = """
+import resource, sys, torch
+from minidiff.machine import keep_memory
+if sys.argv[1] == "keep":
+    assert keep_memory(torch.device("cpu")) and not keep_memory(torch.device("meta"))
+x = torch.ones(16 * 2**18)  # 16 MiB, 4096 pages
+for _ in range(3):
+    (x + 1).exp()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    (x + 1).exp()  # two blocks at once are more than is kept for nothing
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    run = {"capture_output": True, "text": True, "check": True}
+    pages = {how: int(subprocess.run([sys.executable, "-c", code, how], **run).stdout) for how in ("keep", "as it is")}
+    assert pages["keep"] < pages["as it is"] / 4  # at first it still looks for places

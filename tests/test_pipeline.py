@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -6,6 +8,7 @@ import torch
 import minidiff
 from minidiff import grids, samplers
 from minidiff.errors import CheckpointError, InputError
+from minidiff.nn.attention import CrossAttention
 from minidiff.pipeline import ImageNoise, to_pil, words
 from minidiff.process import Table
 
@@ -161,3 +164,58 @@ def test_pictures_have_eight_bits_rounded_to_nearest():
 def test_but_replaces_only_what_is_given(pipe):
     changed = pipe.sampling.but(steps=7, guidance=None)
     assert changed == replace(pipe.sampling, steps=7)
+
+
+def test_keys_and_values_of_words_are_computed_once_and_the_picture_is_the_same_to_the_bit(pipe, monkeypatch):
+    calls, original = [], CrossAttention.keys_values
+
+    def counted(layer, tokens):
+        calls.append(layer)
+        return original(layer, tokens)
+
+    monkeypatch.setattr(CrossAttention, "keys_values", counted)
+    layers = [m for m in pipe.denoiser.net.modules() if isinstance(m, CrossAttention)]
+    how = {"steps": 3, "guidance": 3.0, "low": 0.5}  # two conditions: both branches inside the interval, one outside
+    once = pipe.sample(["a star", "a ring"], [0, 1], **how)
+    assert len(layers) > 1 and sorted(map(id, calls)) == sorted(map(id, 2 * layers))
+    calls.clear()
+    monkeypatch.setattr(pipe.denoiser.net, "prepare", lambda cond: cond)
+    assert torch.equal(pipe.sample(["a star", "a ring"], [0, 1], **how), once)
+    assert len(calls) == 3 * len(layers)
+
+
+def test_weights_that_change_between_two_pictures_are_heard(pipe):
+    before = pipe.sample(["a star"], [0], steps=2)
+    kv = next(m for m in pipe.denoiser.net.modules() if isinstance(m, CrossAttention)).kv.weight
+    kv.data.mul_(-1)
+    assert not torch.allclose(before, pipe.sample(["a star"], [0], steps=2), atol=1e-3)
+    kv.data.mul_(-1)
+    assert torch.equal(before, pipe.sample(["a star"], [0], steps=2))
+
+
+def test_precision_is_a_choice_and_half_of_it_moves_pixels_a_little(pipe):
+    exact = pipe.sample(["a star"], [0], steps=4)
+    assert pipe.compute("bf16") == "bf16, eager"
+    half = pipe.sample(["a star"], [0], steps=4)
+    assert pipe.compute() == "fp32, eager"
+    assert torch.equal(pipe.sample(["a star"], [0], steps=4), exact)
+    assert half.dtype == torch.float32 and not torch.equal(half, exact)
+    assert (half - exact).abs().mean() < 0.05
+
+
+@pytest.mark.slow
+def test_prepared_words_pass_through_the_compiler_in_one_piece():
+    code = """
+import torch
+from minidiff.cond import Cond
+from minidiff.nn.unet import UNet
+shape = {"channels": [8, 16], "layers": 1, "attend": [True, True], "heads": 2, "groups": 4, "token_dim": 8}
+net = UNet(in_channels=3, out_channels=3, **shape)
+torch.nn.init.normal_(net.head.weight)
+x, tau, cond = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 900.0]), Cond(tokens=torch.randn(2, 5, 8))
+with torch.no_grad():
+    traced = torch.compile(net.forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(x, tau, net.prepare(cond)), net(x, tau, cond))
+"""  # in a process of its own, because checked annotations do not pass through the compiler
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, TINY_RUN, train
 
 from minidiff import checkpoint
+from minidiff.cond import Cond
 
 pytestmark = pytest.mark.slow
 OPTIONS = [
@@ -90,6 +91,55 @@ def test_E7_a_run_goes_on_with_another_number_of_processes(tmp_path):
     shown = finish(child)
     assert child.returncode == 0 and "going on from" in shown, shown
     require_close(whole, again)
+
+
+class LearnedNull(torch.nn.Module):
+    """A network with a null embedding of its own, as a run that trains its text encoder would have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.null, self.out = torch.nn.Parameter(torch.ones(1, 4)), torch.nn.Linear(4, 1)
+
+    def forward(self, vector, keep):
+        return self.out(Cond(vector=vector).where(keep, Cond(vector=self.null)).vector)
+
+
+def learn_null(rank: int, folder: str) -> None:
+    """Two updates in which process 0 drops no caption and process 1 drops all of them."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(LearnedNull())
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.full((3, 4), 2.0), torch.full((3,), rank == 0)).square().mean().backward()
+    checkpoint.write_tensors(f"{folder}/{rank}.safetensors", {n: p.grad for n, p in model.module.named_parameters()})
+    torch.distributed.destroy_process_group()
+
+
+def test_F8_processes_that_drop_other_captions_do_not_wait_for_one_another(tmp_path):
+    torch.multiprocessing.spawn(learn_null, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    one = LearnedNull()
+    one(torch.full((6, 4), 2.0), torch.tensor([True] * 3 + [False] * 3)).square().mean().backward()
+    for rank in (0, 1):
+        grads = checkpoint.read_tensors(tmp_path / f"{rank}.safetensors")
+        for name, p in one.named_parameters():
+            torch.testing.assert_close(grads[name], p.grad)
+    assert one.null.grad.abs().min() > 0
+
+
+def test_T14_processes_of_one_machine_listen_to_it_alone(tmp_path):
+    import psutil
+
+    child = launch(tmp_path, "steps=100000", "every.save=2", "every.preview=1000000", "every.validate=1000000")
+    wait_for(tmp_path / "runs" / "shapes" / "checkpoints" / "step_00000002", child)
+    ranks = ranks_of(child)
+    sockets = [c for pid in ranks.values() for c in psutil.Process(pid).net_connections("inet")]
+    for pid in ranks.values():  # which torchrun gave sessions of their own
+        os.kill(pid, signal.SIGKILL)
+    finish(child, timeout=120)
+    listening = {c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN}
+    assert len(ranks) == 2 and listening and listening <= {"127.0.0.1", "::1"}
 
 
 def wait_for(path: Path, child: subprocess.Popen) -> None:

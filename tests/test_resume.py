@@ -191,6 +191,136 @@ def test_E3_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path):
         train(tmp_path / "again", *FAST, "steps=4", f"resume={newest.parent}")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
+def test_R4_one_byte_that_changed_is_found_named_and_the_run_goes_on_from_the_one_before(name, two_saved, capsys):
+    whole, run = two_saved
+    newest = run / "checkpoints" / "step_00000004"
+    data = bytearray((newest / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"MD-CKPT-004.*{name}: its sha256.*earlier checkpoint.*resume=auto"):
+        train(run.parents[1], *FAST, "steps=4", "every.save=2", f"resume={newest}")
+    with pytest.warns(UserWarning, match=f"(?s){name}: its sha256.*using step_00000002"):
+        train(run.parents[1], *FAST, "steps=4", "every.save=2")
+    assert "going on from runs/shapes/checkpoints/step_00000002" in capsys.readouterr().out
+    require_equal(whole, run, 4)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return train(tmp_path_factory.mktemp("trained"), *FAST, "steps=4", "every.save=2")
+
+
+@pytest.fixture
+def two_saved(trained, tmp_path) -> tuple[Path, Path]:
+    """A run with checkpoints at steps 2 and 4, and a copy of it to break."""
+    return trained, Path(shutil.copytree(trained, tmp_path / "runs" / "shapes"))
+
+
+def half_way(run: Path, change) -> None:
+    """Leaves the checkpoint of step 2 alone in a run, with what `change(tensors, state)` makes of it."""
+    folder = run / "checkpoints"
+    saved = checkpoint.load(folder / "step_00000002", ["model", "ema", "optimizer"])
+    change(saved.tensors, saved.state)
+    shutil.rmtree(folder)
+    checkpoint.save(folder, 2, saved.tensors, saved.state)
+
+
+def test_E13_a_run_from_before_there_were_certain_options_goes_on_exactly(two_saved, capsys):
+    whole, run = two_saved
+
+    def older(tensors, state):
+        for key in ("deterministic", "empty_caption", "allow_change", "max_bad", "init"):
+            del state["config"][key]
+        del state["contract"]["space"]
+
+    half_way(run, older)
+    train(run.parents[1], *FAST, "steps=4", "every.save=2")
+    assert "changed since the checkpoint: empty_caption was None and is unconditional" in capsys.readouterr().out
+    require_equal(whole, run, 4)
+
+
+def test_E13_a_run_of_another_schema_is_refused_by_its_version_and_not_begun_anew(two_saved, monkeypatch):
+    _, run = two_saved
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "SCHEMA", 0)
+        for step in (2, 4):
+            place = run / "checkpoints" / f"step_{step:08d}"
+            manifest = json.loads((place / "MANIFEST.json").read_text())
+            (place / "MANIFEST.json").write_text(checkpoint._manifest(step, manifest["files"]))
+    with (
+        pytest.warns(UserWarning, match="MD-CKPT-005.*schema version 0, and this minidiff reads version 1"),
+        pytest.raises(CheckpointError, match="MD-CKPT-025.*another version of minidiff") as e,
+    ):
+        train(run.parents[1], *FAST, "steps=6")
+    assert e.value.exit_code == 4
+    with pytest.raises(CheckpointError, match="MD-CKPT-005.*schema version 0"):
+        train(run.parents[1], *FAST, "steps=6", f"resume={place}")
+
+
+def test_E14_a_run_of_a_gpu_goes_on_on_a_cpu(two_saved, capsys):
+    whole, run = two_saved
+
+    def on_a_gpu(tensors, state):
+        state["config"] |= {"device": "cuda", "precision": "fp16", "compile": True}
+        state["scaler"] = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+        state["scaler"] |= {"_growth_tracker": 3}
+        for name in list(tensors["model"]):
+            tensors["model"][f"_orig_mod.{name}"] = tensors["model"].pop(name)
+        for group in state["optimizer_groups"]:
+            group["lr"] = 123.0  # a schedule's, which the update's number gives anew
+
+    half_way(run, on_a_gpu)
+    train(run.parents[1], *FAST, "steps=4", "every.save=2")
+    assert "changed since the checkpoint: precision was fp16 and is fp32" in capsys.readouterr().out
+    require_equal(whole, run, 4)  # random numbers belong to samples, and no device keeps any
+
+
+def test_E14_bf16_weights_sample_on_a_cpu(trained, tmp_path):
+    import minidiff
+
+    saved = checkpoint.load(trained / "checkpoints" / "step_00000004", ["ema"])
+    small = {name: x.bfloat16() for name, x in saved.tensors["ema"].items()}
+    place = checkpoint.save(tmp_path, 4, {"ema": small}, saved.state)
+    pipe = minidiff.load(place, device="cpu")
+    assert {p.dtype for p in pipe.denoiser.parameters()} == {torch.float32}
+    difference = pipe.sample(["a star"], [0]) - minidiff.load(trained, device="cpu").sample(["a star"], [0])
+    assert 0 < difference.abs().max() < 0.2
+
+
+# ---------------------------------------------------------------------------------------------------- fp16
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """Has accelerate train as in fp16 on a GPU, with a scaler that changes its scale every few updates."""
+    from minidiff import machine
+
+    original = machine.open_accelerator
+
+    def opened(*arguments):
+        accelerator, name = original(*arguments)
+        accelerator.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=2.0**30, backoff_factor=2.0**-9, growth_factor=2.0**6, growth_interval=2
+        )
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        return accelerator, name
+
+    monkeypatch.setattr(machine, "open_accelerator", opened)
+
+
+def test_F4_with_a_scaler_a_run_that_was_stopped_goes_on_exactly(scaled, tmp_path, monkeypatch):
+    options = ["steps=9", "optim=adamw", "every.log=1"]
+    whole, _ = interrupted(monkeypatch, tmp_path / "whole", [], *options)
+    parts, _ = interrupted(monkeypatch, tmp_path / "parts", [3, 3], *options)
+    require_equal(whole, parts, 9)
+    one, two = (checkpoint.load(run / "checkpoints" / "step_00000009", []).state for run in (whole, parts))
+    assert one["scaler"] == two["scaler"] and one["ema_updates"] == two["ema_updates"]
+    assert one["scaler"]["scale"] != 2.0**30 and one["scaler"].keys() >= {"_growth_tracker", "growth_interval"}
+    left_out = lines(whole)[-1]["left_out"]  # overflows: the scaler's step and the average's were both left out
+    assert left_out >= 1 and one["ema_updates"] == 9 - left_out and one["samples_seen"] == 9 * 8
+
+
 @pytest.mark.parametrize("entry", ["optimizer_groups", "ema_updates", "samples_seen"])
 def test_E8_a_missing_entry_is_named_and_the_weights_can_begin_a_new_run(half, entry, monkeypatch):
     folder = half / "runs" / "shapes" / "checkpoints"

@@ -1,9 +1,11 @@
 """What keeps the house in order: one door per heavy library, no pickle, no private code in notebooks."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = sorted((ROOT / "minidiff").rglob("*.py"))
 SCRIPTS = [*ROOMS, ROOT / "train.py", ROOT / "sample.py"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOORS = {
     "open_clip": {"text"},
     "datasets": {"data/sources"},
@@ -20,6 +23,13 @@ DOORS = {
     "matplotlib": {"viz"},
     "safetensors": {"checkpoint"},
     "accelerate": {"machine"},
+}
+
+
+DEPENDENCIES = {
+    re.match(r"[\w-]+", line)[0].lower()
+    for part in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for line in part
 }
 
 
@@ -58,6 +68,71 @@ def test_T1_nothing_is_ever_unpickled():
     for file in SCRIPTS:
         assert not calls(file) & forbidden, file
         assert not imports(file) & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "subprocess"}, file
+
+
+def test_T2_no_scanner_is_relied_on():
+    """Scanners of pickles have been outwitted time and again; here no pickle is judged, all are refused."""
+    scanners = {"picklescan", "modelscan", "fickling", "pickletools"}
+    for file in SCRIPTS:
+        assert not imports(file) & scanners, file
+    assert not [x for x in DEPENDENCIES if x in scanners]
+
+
+SERVERS = {"gradio", "streamlit", "flask", "fastapi", "uvicorn", "aiohttp", "tornado", "bottle", "http", "socketserver"}
+SERVERS |= {"xmlrpc", "websockets", "asyncio"}
+
+
+def test_T12_there_is_no_demo_server():
+    for file in SCRIPTS:
+        assert not imports(file) & SERVERS, file
+        listening = {name for name in calls(file) if re.search(r"\.(bind|listen|serve_forever|launch)$", name)}
+        assert not listening, (file, listening)
+    assert DEPENDENCIES and not [x for x in DEPENDENCIES if x in SERVERS]
+
+
+def test_T14_no_remote_procedure_calls():
+    for file in SCRIPTS:
+        assert "distributed.rpc" not in file.read_text(), file
+
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PRIVATE = {
+    "a token": r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|[0-9a-f]{40})\b",
+    "a password in an address": r"://[^/\s:@]+:[^/\s@]+@",
+    "an absolute path": r"(?<![\w.:/])(/(home|root|Users|tmp|mnt|work|content|opt)/|[A-Z]:\\\\)",
+    "a download that is run": r"(curl|wget)[^\n]*\|\s*(ba|z)?sh|^\s*[!%].*(curl|wget|pip)\b",
+}
+
+
+def private(text: str) -> list[str]:
+    return [what for what, pattern in PRIVATE.items() if re.search(pattern, text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_T15_notebooks_hold_no_outputs_tokens_or_paths_of_their_author(file):
+    notebook = json.loads(file.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        assert cell["cell_type"] != "code" or (cell["outputs"], cell["execution_count"]) == ([], None), cell["id"]
+        assert not cell["metadata"] and not cell.get("attachments") and not private("".join(cell["source"])), cell["id"]
+    assert notebook["metadata"].keys() == {"kernelspec", "language_info"}
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("login('hf_AbCdEfGhIjKlMnOpQrStUvWx')", "a token"),
+        ("key = '" + "0123456789abcdef" * 2 + "01234567'", "a token"),
+        ("git clone https://me:secret@host.org/x", "a password in an address"),
+        ("minidiff.load('/home/ada/runs/x')", "an absolute path"),
+        ("open('C:\\\\Users\\\\ada')", "an absolute path"),
+        ("!curl https://x.org/install | sh", "a download that is run"),
+        ("%pip install x", "a download that is run"),
+        ("minidiff.load(minidiff.bundled('shapes_run')) # a/home/b, https://x.org/home/y", None),
+    ],
+)
+def test_T15_what_the_notebooks_are_searched_for_would_be_found(text, what):
+    assert private(text) == ([what] if what else [])
 
 
 def test_T7_pillow_keeps_its_guards():

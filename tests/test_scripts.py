@@ -9,6 +9,9 @@ import pytest
 from conftest import TINY_RUN, train
 from PIL import Image
 
+from minidiff.config import compose
+from minidiff.errors import MachineError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -89,6 +92,50 @@ def test_sample_writes_pictures_that_say_how_they_were_made(tiny_run, tmp_path):
 
     again = minidiff.load(tiny_run, device="cpu")(facts["prompt"], seed=facts["seed"], steps=facts["steps"])[0]
     assert again.tobytes() == Image.open(out).tobytes()
+
+
+def test_R7_a_picture_is_a_function_of_prompt_seed_and_settings(tiny_run, tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+    import torch
+
+    import sample
+
+    prompts = ["a red star", "two blue rings", "a star", "a large green cross"]
+    for name, order in (("a", prompts), ("b", prompts[::-1])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(order))
+    how = [f"run={tiny_run}", "steps=3", "n=2", "seed=5", "guidance=2.0", "sampler=ddpm", "device=cpu"]
+    monkeypatch.chdir(tmp_path)
+    for out in ("once", "again"):
+        sample.main.__wrapped__(compose("sample", [*how, "prompts=a.txt", f"out={out}"]))
+        torch.manual_seed(len(out))  # nobody's global state matters
+    alone = script("sample.py", *how, "prompts=b.txt", "out=alone", "batch_size=1", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    files = sorted(p.name for p in Path("once").iterdir())
+    assert len(files) == 8
+    for name in files:
+        assert Path("once", name).read_bytes() == Path("again", name).read_bytes()
+        one, other = (np.asarray(Image.open(Path(out, name))).astype(int) for out in ("once", "alone"))
+        # sums in another order may differ in the last bit, and that one grey level in a few thousand
+        assert np.abs(one - other).max() <= 1 and (one != other).mean() < 1e-2
+    assert len({Path("once", name).read_bytes() for name in files}) == 8
+
+
+def test_F12_out_of_memory_while_pictures_are_drawn_is_said_in_words(tiny_run, tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import sample
+    from minidiff.pipeline import Pipeline
+
+    def too_many(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Pipeline, "sample", too_many)
+    values = compose("sample", [f"run={tiny_run}", "prompt=x", "batch_size=7", f"out={tmp_path / 'p'}", "device=cpu"])
+    with pytest.raises(MachineError, match="MD-ENV-006.*batch_size=7 .*32×32.*smaller.*guidance=1.*device=cpu") as e:
+        sample.main.__wrapped__(values)
+    assert e.value.exit_code == 6 and not (tmp_path / "p").exists()
 
 
 def test_G1_prompt_files_with_blank_lines_bom_and_crlf(tiny_run, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -149,6 +150,47 @@ def test_G8_T9_metadata_is_short_ascii_and_gives_the_prompt_back(strange_picture
     many = [(Image.new("RGB", (8, 8)), {"prompt": "x" * 9000, "seed": i}) for i in range(4)]
     sample.write(many, str(tmp_path / "sheet.png"), tmp_path)
     assert len(Image.open(tmp_path / "sheet.png").text["minidiff"]) <= 16_384
+
+
+def test_T17_every_picture_says_that_a_model_made_it(strange_pictures, tmp_path):
+    from PIL import Image
+
+    sys.path.insert(0, str(ROOT))
+    import sample
+
+    term = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    for file in strange_pictures.values():
+        assert json.loads(Image.open(file).text["minidiff"])["digitalSourceType"] == term
+    facts = sample.MADE_BY_A_MODEL | {"prompt": "x" * 20_000, "seed": 0}
+    sample.write([(Image.new("RGB", (8, 8)), facts)] * 3, str(tmp_path / "sheet.png"), tmp_path)
+    assert term in Image.open(tmp_path / "sheet.png").text["minidiff"]  # also where what follows was cut off
+
+
+MODELS = sorted({file.relative_to(ROOT / "data").parts[0] for file in (ROOT / "data").rglob("*.safetensors")})
+
+
+@pytest.mark.parametrize("folder", MODELS)
+def test_T17_bundled_weights_have_an_honest_card(folder):
+    card = (ROOT / "data" / folder / "README.md").read_text(encoding="utf-8")
+    for part in ("**Made by** `python train.py", "**Measured**: see `docs/results.md`", "**Data**", "**Use**"):
+        assert part in card, part
+    assert "**Limits**" in card and "Licence: MIT" in card
+    for manifest in (ROOT / "data" / folder).rglob("MANIFEST.json"):
+        assert f"({json.loads(manifest.read_text())['step']} updates" in card
+    if folder == "shapes_run":
+        weights = minidiff.load(ROOT / "data" / folder, device="cpu").denoiser.net.parameters()
+        assert f"{sum(p.numel() for p in weights) / 1e6:.2f} M parameters" in card
+
+
+def test_T12_training_and_sampling_neither_listen_nor_call_anybody(tmp_path, no_network):
+    from conftest import train
+
+    run = train(tmp_path, "steps=1")
+    assert minidiff.load(run, device="cpu")("a star", steps=1)[0].size == (32, 32)
+    assert no_network == []
+    with pytest.raises(OSError, match="no network"):
+        socket.create_connection(("127.0.0.1", 9))
+    assert no_network  # it would have been noticed
 
 
 def test_T10_tokens_reach_no_file_of_a_run_and_no_error(tmp_path, capsys, monkeypatch):

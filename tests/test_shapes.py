@@ -110,6 +110,22 @@ def test_examples_are_functions_of_seed_split_and_index(split):
     assert len({e.captions for e in again}) == 10
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_siblings_share_colours_and_background_and_differ_in_the_rest(split):
+    families = [[example(split, 8 * i + j, siblings=8) for j in range(8)] for i in range(200)]
+    swapped = 0
+    for family in families:
+        assert len({e.category for e in family}) == len({e.scene.background for e in family}) == 1
+        assert len({frozenset(t.colour for t in e.scene.things) for e in family}) == 1
+        assert len({frozenset((t.shape, t.size, t.texture, t.place) for t in e.scene.things) for e in family}) > 4
+        kinds = [[(t.colour, t.shape) for t in e.scene.things] for e in family]
+        if family[0].category == "attribute_binding":
+            assert {novelty(pair) for pair in kinds} == {(int(split == "heldout"), 0)}
+            swapped += len({frozenset(pair) for pair in kinds}) == 2
+    assert swapped  # with the same two colours and the same two shapes
+    assert len({(f[0].scene.background, f[0].scene.things[0].colour) for f in families}) > 20
+
+
 def test_things_stay_inside_and_apart():
     for i in range(500):
         scene = example("train", i).scene

@@ -1,8 +1,11 @@
+import shutil
+
 import pytest
 import torch
 
 from minidiff import text
 from minidiff.errors import MachineError
+from minidiff.resources import bundled
 from minidiff.text import TINY, TextEncoder, Tokenizer, create_clip, tiny
 
 
@@ -105,3 +108,43 @@ def test_E5_a_caption_has_the_same_bits_whatever_it_is_encoded_with():
             assert torch.equal(cond.tokens[k], together.tokens[i]) and torch.equal(cond.vector[k], together.vector[i])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(tiny()(captions).tokens, together.tokens)
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch, no_network):
+    """Weights that OpenCLIP knows by the tag `theirs` and finds on the hub, an empty cache, and no network."""
+    import huggingface_hub
+    import open_clip
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, TINY, {"theirs": {"hf_hub": "owner/clip/", "url": ""}})
+    return no_network
+
+
+def test_D5_offline_weights_in_the_cache_load_without_a_request(theirs, tmp_path, encoder):
+    snapshot = tmp_path / "models--owner--clip" / "snapshots" / "0123abc"
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    snapshot.mkdir(parents=True)
+    shutil.copy(bundled("clip_shapes") / "model.safetensors", snapshot / "open_clip_model.safetensors")
+    cached = TextEncoder(TINY, pretrained="theirs")
+    assert cached.identity == encoder.identity and theirs == []
+    assert torch.equal(cached(["a red circle"]).tokens, encoder(["a red circle"]).tokens)
+
+
+def test_D5_offline_weights_that_are_not_there_are_named_with_the_command_that_fetches_them(theirs):
+    with pytest.raises(MachineError, match="MD-TEXT-001.*'theirs'") as e:
+        TextEncoder(TINY, pretrained="theirs")
+    assert "`hf download owner/clip open_clip_model.safetensors`" in str(e.value)
+    assert e.value.exit_code == 6 and theirs == []
+
+
+@pytest.mark.parametrize("name", ["openclip_b32", "openclip_l14", "openclip_h14"])
+def test_D5_the_pretrained_encoders_lie_on_the_hub(name):
+    import open_clip
+
+    from minidiff.config import compose
+
+    recipe = compose("train", [f"text={name}"])["text"]
+    place = open_clip.get_pretrained_cfg(recipe["model"], recipe["pretrained"])["hf_hub"]
+    assert place.startswith("laion/") and place.endswith("/")  # so that the command above names their file

@@ -55,18 +55,88 @@ def test_G5_R9_a_preview_that_fails_is_a_warning_and_changes_nothing(tmp_path, m
     assert all(torch.equal(x, b[part][name]) for part in a for name, x in a[part].items())
 
 
-def test_F12_out_of_memory_in_the_middle_leaves_the_checkpoint_and_says_what_to_do(tmp_path, monkeypatch):
-    original, count = TextToImage.loss, iter(range(100))
+@pytest.mark.parametrize("update, saved", [(1, []), (4, ["step_00000002"])], ids=["first", "later"])
+def test_F12_out_of_memory_leaves_the_checkpoint_and_says_what_to_do(update, saved, tmp_path, monkeypatch):
+    original, count = TextToImage.loss, iter(range(1, 100))
 
     def loss(self, batch):
-        if next(count) == 3:
+        if next(count) == update:
             raise torch.OutOfMemoryError("out of memory")
         return original(self, batch)
 
     monkeypatch.setattr(TextToImage, "loss", loss)
-    with pytest.raises(MachineError, match="MD-ENV-004.*batch_size=8 and image_size=32"):
+    with pytest.raises(MachineError, match="MD-ENV-004.*batch_size=8 and image_size=32") as e:
         train(tmp_path, *FAST, "steps=9", "every.save=2")
-    assert checkpoint.latest(tmp_path / "runs" / "shapes" / "checkpoints").name == "step_00000002"
+    assert e.value.exit_code == 6 and "last checkpoint" not in str(e.value)  # at the first update there is none
+    folder = tmp_path / "runs" / "shapes" / "checkpoints"
+    assert [p.name for p in sorted(folder.glob("step_*"))] == saved and bool(checkpoint.latest(folder)) == bool(saved)
+
+
+def test_F12_out_of_memory_in_sampling_skips_the_preview_alone(tmp_path, monkeypatch, capsys):
+    from minidiff.pipeline import Pipeline
+
+    sample, calls = Pipeline.sample, iter(range(100))
+
+    def too_large(self, *arguments, **options):
+        if next(calls) == 1:  # of the previews at steps 0, 1, 2, 3
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return sample(self, *arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "sample", too_large)
+    run = train(tmp_path, *FAST, "steps=3", "every.preview=1")
+    assert "warning: no preview at step 1 (OutOfMemoryError: CUDA out of memory" in capsys.readouterr().out
+    assert sorted(p.stem for p in (run / "samples").iterdir()) == [f"step_0000000{k}" for k in (0, 2, 3)]
+    assert checkpoint.latest(run / "checkpoints").name == "step_00000003"
+
+
+def test_F13_a_spike_of_the_loss_is_said_and_nothing_else(tmp_path, monkeypatch, capsys):
+    calm = train(tmp_path / "calm", *FAST, "steps=24")
+    assert "is usual here" not in capsys.readouterr().out
+    original, count = TextToImage.loss, iter(range(1, 100))
+
+    def loss(self, batch):
+        value, extra = original(self, batch)
+        return value + (1000 if next(count) in (22, 23) else 0), extra  # a constant has no gradient
+
+    monkeypatch.setattr(TextToImage, "loss", loss)
+    spiked = train(tmp_path / "spiked", *FAST, "steps=24")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("is usual here; the update was made") == 1
+    assert "warning: the loss of step 22 is 1e+03" in shown and "resume=CHECKPOINT" in shown
+    assert "is usual here" in (spiked / "log.txt").read_text()
+    a, b = (checkpoint.load(x / "checkpoints" / "step_00000024", ["model", "ema"]).tensors for x in (calm, spiked))
+    assert all(torch.equal(x, b[part][name]) for part in a for name, x in a[part].items())
+
+
+def test_F11_on_a_cpu_deterministic_changes_no_bit(tmp_path):
+    runs = [
+        train(tmp_path / str(wanted), *FAST, "steps=3", "optim=muon", f"deterministic={wanted}")
+        for wanted in ("true", "false")
+    ]
+    a, b = (checkpoint.load(x / "checkpoints" / "step_00000003", ["model", "ema"]).tensors for x in runs)
+    assert all(torch.equal(x, b[part][name]) for part in a for name, x in a[part].items())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_F11_two_runs_on_a_gpu_are_equal_bit_for_bit(tmp_path):
+    options = [*FAST, "steps=5", "device=cuda", "precision=bf16", "deterministic=true"]
+    runs = [train(tmp_path / name, *options) for name in ("one", "two")]
+    a, b = (checkpoint.load(x / "checkpoints" / "step_00000005", ["model", "ema"]).tensors for x in runs)
+    assert all(torch.equal(x, b[part][name]) for part in a for name, x in a[part].items())
+
+
+@pytest.mark.parametrize("drop_cond", [0.0, 1.0])
+def test_F8_every_parameter_takes_part_whatever_is_dropped(drop_cond):
+    from conftest import TINY_RUN
+
+    from minidiff.config import build, compose
+    from minidiff.data import Batch
+
+    task = build(compose("train", [*TINY_RUN, f"drop_cond={drop_cond}"])["task"])
+    batch = Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), ["a star", "a red ring"], [0, 1], [])
+    task.loss(batch)[0].backward()
+    assert [name for name, p in task.model.named_parameters() if p.grad is None] == []
 
 
 def test_G1_a_prompt_of_10_000_letters_is_drawn_and_captioned_in_no_time(tiny_run):

@@ -33,6 +33,8 @@ CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "device": ("auto", "cpu", "cuda", "mps"),
     "compile": ("auto", True, False),
+    "deterministic": (True, False),
+    "empty_caption": ("unconditional", "drop", "raise"),
     "weights": ("ema", "raw"),
 }
 

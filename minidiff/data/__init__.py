@@ -11,6 +11,7 @@ instead of CaptionedImages, and the order is only approximately known (`streamin
 """
 
 from minidiff.data.ahead import Ahead
+from minidiff.data.captions import treat_empty_captions
 from minidiff.data.images import load_image
 from minidiff.data.sources import Source, folder, hub, parquet, shapes
 from minidiff.data.stream import (
@@ -30,4 +31,4 @@ from minidiff.data.streaming import StreamedImages, resume_at, stream_readers
 
 __all__ = ["Ahead", "BadRows", "Batch", "CaptionedImages", "RowReader", "Source", "StreamedImages", "auto_workers"]
 __all__ += ["collate", "dead_workers", "first_batches", "folder", "hub", "load_image", "loader", "parquet"]
-__all__ += ["read_batches", "resume_at", "shapes", "share", "stream_readers"]
+__all__ += ["read_batches", "resume_at", "shapes", "share", "stream_readers", "treat_empty_captions"]

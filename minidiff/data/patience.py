@@ -14,7 +14,7 @@ def patient(rows: "datasets.IterableDataset") -> Iterator[dict]:  # noqa: F821
     """Yields the rows of one pass. After an error of the network it waits, with a line on the screen, and goes on
     behind the last row.
 
-    Raises MachineError (MD-DATA-017) when all attempts in a row fail. Other errors are raised as they are.
+    Raises MachineError (MD-DATA-021) when all attempts in a row fail. Other errors are raised as they are.
     """
     failures = 0
     while True:
@@ -29,7 +29,7 @@ def patient(rows: "datasets.IterableDataset") -> Iterator[dict]:  # noqa: F821
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             if failures == len(WAITS):
                 raise MachineError(
-                    "MD-DATA-017",
+                    "MD-DATA-021",
                     f"The data stream dropped and {failures} new attempts failed, the last with {reason}. Nothing is "
                     "wrong with the run: it goes on from its last checkpoint with the same command. Check the network; "
                     "data.streaming=false reads from the disk what was once downloaded.",

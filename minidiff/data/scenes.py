@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def draw_scenes(split: str, n: int, image_size: int, seed: int, weights: dict[str, float], code: str) -> Iterator[dict]:
+def draw_scenes(
+    split: str, n: int, image_size: int, seed: int, weights: dict[str, float], siblings: int, code: str
+) -> Iterator[dict]:
     """Yields the rows of a split; `code` only makes `datasets` draw anew when the drawing changed."""
     from PIL import Image
 
     from minidiff.shapes import example, render
 
     for i in range(n):
-        scene = example(split, i, seed, weights)
+        scene = example(split, i, seed, weights, siblings)
         png = io.BytesIO()
         Image.fromarray(render(scene.scene, image_size)).save(png, "PNG", compress_level=1)
         descriptions = list(scene.captions[1:])  # the first is a test's prompt

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ class Source:
     caption: str = "captions"
     remarks: tuple[str, ...] = ()  # what the user should know before training on it
     buffer_size: int | None = None  # rows of a stream that are shuffled among themselves; None: no stream
+    together: int = 1  # rows in succession that shuffling keeps side by side
 
     def __len__(self) -> int:
         """Returns the number of training rows; raises TypeError for a stream."""
@@ -77,21 +79,34 @@ def undecoded(rows: "datasets.Dataset", image: str) -> "datasets.Dataset":  # no
     return rows.cast_column(image, datasets.Image(decode=False))
 
 
-def shapes(image_size: int, n: int, validation: int, seed: int = 0, weights: dict[str, float] | None = None) -> Source:
+def shapes(
+    image_size: int,
+    n: int,
+    validation: int,
+    seed: int = 0,
+    weights: dict[str, float] | None = None,
+    siblings: int = 1,
+) -> Source:
     """Procedural scenes with exact ground truth (`minidiff.shapes`): `n` to train on, `validation` of the test split.
 
     Drawn once and kept in the cache of `datasets`. `weights` are the shares of the scene categories. The captions are
     descriptions: what a short prompt leaves open would only blur what the network learns of the words it does hold
-    (Betker et al. 2023, DALL·E 3, train on 95 % descriptive captions for that reason).
+    (Betker et al. 2023, DALL·E 3, train on 95 % descriptive captions for that reason). `siblings` > 1 puts as many
+    scenes side by side that differ in little: a contrastive model then has to listen to every word, and to their order
+    (Yüksekgönül et al. 2023, "When and why vision-language models behave like bags-of-words").
     """
     from minidiff.shapes import WEIGHTS
 
     weights = dict(WEIGHTS if weights is None else weights)
-    train, test = (_scenes(split, k, image_size, seed, weights) for split, k in (("train", n), ("test", validation)))
-    return Source("shapes", train, test)
+    train, test = (
+        _scenes(split, k, image_size, seed, weights, siblings) for split, k in (("train", n), ("test", validation))
+    )
+    return Source("shapes", train, test, together=siblings)
 
 
-def _scenes(split: str, n: int, image_size: int, seed: int, weights: dict[str, float]) -> "datasets.Dataset":  # noqa: F821
+def _scenes(
+    split: str, n: int, image_size: int, seed: int, weights: dict[str, float], siblings: int
+) -> "datasets.Dataset":  # noqa: F821
     import datasets
 
     features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
@@ -101,6 +116,7 @@ def _scenes(split: str, n: int, image_size: int, seed: int, weights: dict[str, f
         "image_size": image_size,
         "seed": seed,
         "weights": weights,
+        "siblings": siblings,
         "code": shapes_code(),
     }
     with _quiet():
@@ -200,7 +216,7 @@ def _check_metadata(root: Path) -> tuple[str, ...]:
 
 
 # What `datasets` may read with. Its other builders unpickle (pandas), or run more than a data set needs.
-BUILDERS = ("parquet", "arrow", "imagefolder", "webdataset", "json", "csv")
+BUILDERS = ("parquet", "arrow", "imagefolder", "webdataset", "json", "csv", "cache")  # cache: what one of them made
 
 
 def hub(
@@ -234,15 +250,30 @@ def hub(
                 builder.download_and_prepare()
                 rows = builder.as_dataset(split=split)
     except (OSError, ValueError) as error:
+        at = f" data.revision={revision}" if revision else ""
         raise DataError(
             "MD-DATA-003",
             f"The dataset data.path={path} (split {split}) could not be read from the Hugging Face Hub or its "
             f"local cache: {str(error).splitlines()[0]} It may be misspelt, private or gated (log in with `hf auth "
-            "login`), or this machine is offline. data=shapes is built in and needs no network.",
+            "login`), or this machine is offline: then fetch it once where there is internet, by `python -m "
+            f"minidiff.doctor data=hub data.path={path}{at}`, and copy ~/.cache/huggingface/datasets (its place is "
+            "$HF_DATASETS_CACHE). data=shapes is built in and needs no network.",
         ) from error
-    commit = str(builder.base_path or "").rpartition("@")[2][:40] or revision
     buffered = buffer_size if streaming else None
-    return _split(f"hub {path}@{commit}", rows, image, caption, None, "train", "test", buffer_size=buffered)
+    if kind != "cache":
+        commit = str(builder.base_path or "").rpartition("@")[2][:40] or revision
+        return _split(f"hub {path}@{commit}", rows, image, caption, None, "train", "test", buffer_size=buffered)
+    commit = builder.hash  # of the copy that was fetched last, whatever revision was asked for
+    pinned = re.fullmatch("[0-9a-f]{7,40}", revision or "")
+    if pinned and not commit.startswith(revision):
+        raise DataError(
+            "MD-DATA-018",
+            f"The Hugging Face Hub cannot be reached, and the local cache holds {path} at the commit {commit}, not at "
+            f"data.revision={revision}. Go online, or train on what is there by data.revision={commit}.",
+        )
+    remark = f"the Hugging Face Hub cannot be reached: {path} is the local cache's copy of it, commit {commit}"
+    remarks = () if pinned else (remark,)
+    return _split(f"hub {path}@{commit}", rows, image, caption, None, "train", "test", remarks, buffered)
 
 
 def _split(
@@ -307,7 +338,7 @@ def _set_aside(
     """Divides a stream: the first HELD rows of the validation split; or, without a column, HELD rows drawn from the
     first HEAD (one in twenty of a shorter stream), which are known by their content and left out of training.
 
-    Raises DataError (MD-DATA-005) if there are none, and (MD-DATA-021) if they cannot be read.
+    Raises DataError (MD-DATA-005) if there are none, and (MD-DATA-023) if they cannot be read.
     """
     try:
         if keeps.column is None:
@@ -318,7 +349,7 @@ def _set_aside(
             held = _here(rows.filter(replace(keeps, wanted=validation)), HELD)
     except (OSError, TypeError, ValueError, AttributeError) as error:  # damaged files, or a column of something else
         raise DataError(
-            "MD-DATA-021",
+            "MD-DATA-023",
             f"The first rows of {name} cannot be read as a stream ({type(error).__name__}: "
             f"{(str(error).splitlines() or [''])[0]}). Check data.image, and that the files are whole.",
         ) from error

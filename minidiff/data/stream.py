@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,12 +88,13 @@ class CaptionedImages(Dataset):
         background: Sequence[int] = (255, 255, 255),
         seed: int = 0,
         shuffle: bool = True,  # False: in order, and always the first caption
+        together: int = 1,  # rows in succession that shuffling keeps side by side
     ) -> None:
         from minidiff.data.sources import undecoded
 
         self.rows = undecoded(rows, image).select_columns([image, caption])
         self.reader = RowReader(image, caption, image_size, tuple(background), seed)
-        self.shuffle = shuffle
+        self.shuffle, self.together = shuffle, together
         self.without_caption = 0  # rows, known after `all_captions`
         self._memory: dict[int, tuple[Tensor, list[str]]] = {}
 
@@ -101,7 +103,7 @@ class CaptionedImages(Dataset):
 
     def __getitem__(self, i: int) -> Sample:
         epoch, place = divmod(i, len(self.rows))
-        row = int(_order(self.reader.seed, epoch, len(self.rows))[place]) if self.shuffle else place
+        row = int(_order(self.reader.seed, epoch, len(self.rows), self.together)[place]) if self.shuffle else place
         skipped: list[str] = []
         for k in range(min(len(self.rows), IN_A_ROW)):  # a row that cannot be read gives way to the next one
             at = (row + k) % len(self.rows)
@@ -150,8 +152,11 @@ def none_readable(skipped: Sequence[str], where: str) -> DataError:
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, n: int) -> Tensor:
-    return torch.randperm(n, generator=generator(seed, "order", epoch))
+def _order(seed: int, epoch: int, n: int, together: int) -> Tensor:
+    """Returns the rows of an epoch in their order; a remainder that fills no group comes last."""
+    groups = torch.randperm(n // together, generator=generator(seed, "order", epoch))
+    shuffled = (groups[:, None] * together + torch.arange(together)).flatten()
+    return torch.cat([shuffled, torch.arange(len(shuffled), n)])
 
 
 class BadRows:
@@ -277,10 +282,14 @@ def read_batches(data: Dataset, workers: int, sampler: Sampler | None = None) ->
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
     )
-    for batch in batches:
-        if isinstance(batch, MinidiffError):
-            raise batch
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, MinidiffError):
+                raise batch
+            yield batch
+    except (ConnectionError, EOFError) as error:  # a worker died while it sent, and nobody has been told yet
+        time.sleep(1)  # until the signal of its death comes, at which PyTorch raises an error of its own
+        raise RuntimeError("the connection to a DataLoader worker broke") from error
 
 
 @contextmanager

@@ -92,7 +92,7 @@ class StreamedImages(IterableDataset):
                 yield row
             if empty == 2:  # one pass may have been resumed behind its last row
                 raise DataError(
-                    "MD-DATA-018",
+                    "MD-DATA-022",
                     f"{self.source.name} has no row for one of the processes that read it. Take fewer processes, or "
                     "data.streaming=false.",
                 )

@@ -23,6 +23,8 @@ def examine(values: Mapping, sheet: Path) -> Iterator[Finding]:
     yield Finding(True, f"{source.name}: {source.size()} to train on, {len(source.validation)} to validate")
     yield from (Finding(False, remark) for remark in source.remarks)
     rows = source.head(LIMIT)
+    whole = source.buffer_size is None and len(rows) == len(source)
+    looked_at = "the training data" if whole else f"the first {len(rows)} rows to train on"
     bad, sizes, prints, captions, shown = [], Counter(), Counter(), [], []
     for i, row in enumerate(rows):
         try:
@@ -42,15 +44,23 @@ def examine(values: Mapping, sheet: Path) -> Iterator[Finding]:
     yield _share(f"are smaller than image_size={values['image_size']}", small, len(rows), "they will be blurred")
     again = [f"{n} copies" for n in prints.values() for _ in range(n - 1)]
     yield _share("are copies of another one", again, len(rows), "models learn such pictures by heart; remove them")
+    yield _repeated(Counter(text for captioned in captions for text in set(captioned) if text), len(rows))
     held = undecoded(source.validation, source.image)
     overlap = [f"row {i} of the validation" for i, row in enumerate(held) if _known(row[source.image], values, prints)]
-    yield _share(
-        "of the validation are in the training data", overlap, len(held), "validation would flatter", limit=0.0
-    )
+    yield _share(f"of the validation are in {looked_at}", overlap, len(held), "validation would flatter", limit=0.0)
     if shown:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         grid([picture for picture, _ in shown], [caption for _, caption in shown]).save(sheet)
         yield Finding(True, f"sizes {dict(sizes.most_common(3))}; look at the contact sheet: {sheet}")
+
+
+def _repeated(counts: Counter, of: int) -> Finding:
+    """Says which caption stands at most rows. No fault: a class has many pictures; but one that names nothing teaches
+    nothing.
+    """
+    text, n = max(counts.items(), key=lambda item: item[1], default=("", 0))
+    again = sum(n - 1 for n in counts.values())
+    return Finding(True, f"captions repeat another row's {again} times" + (f"; {n} of {of}: {text!r}" if n > 1 else ""))
 
 
 def _print(picture) -> str:

@@ -7,6 +7,7 @@ The transformer of Stable Diffusion (Rombach et al. 2022, appendix E.2.1) stacks
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+Words = Float[Tensor, "b l e"] | Mapping  # tokens; or their keys and values, by the layer that they are for
 SMALL = 256 * 256  # scores per head; on a CPU, PyTorch's fused kernel trains several times slower below this
 
 
@@ -56,11 +58,15 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(token_dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
 
+    def keys_values(self, tokens: Float[Tensor, "b l e"]) -> Float[Tensor, "two b h l d"]:
+        """Returns what the tokens answer with, whatever the positions ask: sampling needs it once for all steps."""
+        return rearrange(self.kv(tokens), "b l (two h d) -> two b h l d", two=2, h=self.heads)
+
     def forward(
-        self, x: Float[Tensor, "b n d"], tokens: Float[Tensor, "b l e"], mask: Bool[Tensor, "b l"] | None
+        self, x: Float[Tensor, "b n d"], tokens: Words, mask: Bool[Tensor, "b l"] | None
     ) -> Float[Tensor, "b n d"]:
         q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads)
-        k, v = rearrange(self.kv(tokens), "b l (two h d) -> two b h l d", two=2, h=self.heads)
+        k, v = self.keys_values(tokens) if isinstance(tokens, Tensor) else tokens[self]
         seen = None if mask is None else mask[:, None, None, :]  # (b, 1, 1, l)
         return self.out(rearrange(attend(q, k, v, seen), "b h n d -> b n (h d)"))
 
@@ -92,7 +98,7 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(dim)
 
     def forward(
-        self, h: Float[Tensor, "b n d"], tokens: Float[Tensor, "b l e"], mask: Bool[Tensor, "b l"] | None
+        self, h: Float[Tensor, "b n d"], tokens: Words, mask: Bool[Tensor, "b l"] | None
     ) -> Float[Tensor, "b n d"]:
         h = h + self.self_attention(self.norm_self(h))
         h = h + self.cross_attention(self.norm_cross(h), tokens, mask)
@@ -129,7 +135,7 @@ class SpatialTransformer(TransformerLayer):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], tokens: Float[Tensor, "b l e"], mask: Bool[Tensor, "b l"] | None
+        self, x: Float[Tensor, "b c h w"], tokens: Words, mask: Bool[Tensor, "b l"] | None
     ) -> Float[Tensor, "b c h w"]:
         h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         h = super().forward(h, tokens, mask)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from minidiff.nn.attention import SpatialTransformer
+from minidiff.nn.attention import SpatialTransformer, Words
 
 
 class ResBlock(nn.Module):
@@ -54,7 +54,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "b c h w"],
         time: Float[Tensor, "b d"],
-        tokens: Float[Tensor, "b l e"] | None,
+        tokens: Words | None,
         mask: Bool[Tensor, "b l"] | None,
     ) -> Float[Tensor, "b o h w"]:
         h = self.res(x, time)

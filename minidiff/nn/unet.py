@@ -10,6 +10,7 @@ this same class with other numbers, Stable Diffusion's own among them (`minidiff
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from minidiff.cond import Cond
 from minidiff.errors import InputError
-from minidiff.nn.attention import SpatialTransformer
+from minidiff.nn.attention import CrossAttention, SpatialTransformer
 from minidiff.nn.blocks import Block, Downsample, Level, ResBlock, Upsample
 from minidiff.nn.embed import TimeEmbedding, grid_embedding
 
@@ -89,6 +90,15 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(c, out_channels, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    def prepare(self, cond: Cond) -> Cond:
+        """Returns `cond` with the keys and values that every cross-attention takes from its tokens, for many forwards
+        with the weights as they are now.
+        """
+        if cond.tokens is None:
+            return cond
+        layers = [layer for layer in self.modules() if isinstance(layer, CrossAttention)]
+        return replace(cond, tokens={layer: layer.keys_values(cond.tokens) for layer in layers})
 
     def forward(self, x: Float[Tensor, "b c h w"], tau: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b o h w"]:
         time = F.silu(self.time(tau, cond.vector))

@@ -55,8 +55,13 @@ class Example:
     captions: tuple[str, ...]
 
 
-def example(split: str, index: int, seed: int = 0, weights: Mapping[str, float] = WEIGHTS) -> Example:
+def example(
+    split: str, index: int, seed: int = 0, weights: Mapping[str, float] = WEIGHTS, siblings: int = 1
+) -> Example:
     """Makes example `index` of a split. `weights` maps categories to their share; categories left out do not occur.
+
+    Each `siblings` examples in succession share category, background, colours and, in half of the families, shape. They
+    differ in the rest: texture, size, place, number, and which of two shapes has which colour.
 
     Raises InputError (MD-SHAPES-001, MD-SHAPES-002) for an unknown split or category.
     """
@@ -74,9 +79,11 @@ def example(split: str, index: int, seed: int = 0, weights: Mapping[str, float] 
                 f"The weights of the shapes data name the category '{name}', which does not exist; "
                 f"the categories are {known}.{did_you_mean(name, list(CATEGORIES))}",
             )
-    rng = np.random.default_rng((seed, SPLITS.index(split), index))
-    category = _pick(rng, weights)
-    scene = _scene(rng, category, heldout=split == "heldout")
+    rng = family = np.random.default_rng((seed, SPLITS.index(split), index))
+    if siblings > 1:
+        family = np.random.default_rng((seed, SPLITS.index(split), index // siblings, siblings))
+    category = _pick(family, weights)
+    scene = _scene(rng, family, category, heldout=split == "heldout")
     claims = [_prompt(rng, category, scene)]
     claims += [_claim(rng, category, scene, detail=1.0 if rng.random() < FULL else 0.5) for _ in range(CAPTIONS - 1)]
     captions = tuple(caption(claim, int(rng.integers(WORDINGS))) for claim in claims)
@@ -105,14 +112,10 @@ def novelty(kinds: list[Kind]) -> tuple[int, int]:
     return coloured, together
 
 
-def _kinds(rng: np.random.Generator, category: str, number: int, heldout: bool) -> list[Kind]:
+def _kinds(rng: np.random.Generator, number: int, wanted: tuple[int, int], colours: tuple[str, ...]) -> list[Kind]:
     """Draws the colours and shapes of a scene with `number` kinds until they hold exactly the novelty that is
     wanted.
     """
-    wanted = (0, 0)
-    if heldout:
-        wanted = (1, 0) if number == 1 or category == "attribute_binding" else (0, 1)
-    colours = tuple(COLOURS)
     while True:
         kinds = [(_any(rng, colours), _any(rng, SHAPES)) for _ in range(number)]
         alike = number == 2 and (kinds[0][0] == kinds[1][0] or kinds[0][1] == kinds[1][1])
@@ -120,9 +123,23 @@ def _kinds(rng: np.random.Generator, category: str, number: int, heldout: bool) 
             return kinds
 
 
-def _scene(rng: np.random.Generator, category: str, heldout: bool) -> Scene:
-    two = category in ("two_objects", "attribute_binding") or (category == "position" and rng.random() < 0.75)
-    kinds = _kinds(rng, category, 2 if two else 1, heldout)
+def _related_kinds(rng: np.random.Generator, kinds: list[Kind], alike: bool) -> list[Kind]:
+    """Draws a sibling of some kinds: one gets a shape of its own unless `alike`, two may exchange their colours."""
+    if len(kinds) == 1:
+        return kinds if alike else _kinds(rng, 1, novelty(kinds), (kinds[0][0],))
+    (one, shape), (other, other_shape) = kinds
+    exchanged = [(other, shape), (one, other_shape)]
+    return exchanged if novelty(exchanged) == novelty(kinds) and rng.random() < 0.5 else kinds
+
+
+def _scene(rng: np.random.Generator, family: np.random.Generator, category: str, heldout: bool) -> Scene:
+    background = _any(family, tuple(BACKGROUNDS))
+    two = category in ("two_objects", "attribute_binding") or (category == "position" and family.random() < 0.75)
+    wanted = (0, 0)
+    if heldout:
+        wanted = (0, 1) if two and category != "attribute_binding" else (1, 0)
+    kinds = _kinds(family, 2 if two else 1, wanted, tuple(COLOURS))
+    kinds = _related_kinds(rng, kinds, alike=family.random() < 0.5)
     textures = [_any(rng, ("solid", "solid", "striped", "checkered")) for _ in kinds]
     sizes = [_any(rng, ("small", "large"))]
     if two:  # two large things fit in two opposite corners only
@@ -134,7 +151,7 @@ def _scene(rng: np.random.Generator, category: str, heldout: bool) -> Scene:
         Thing(shape, colour, size, texture, x, y, r)
         for (colour, shape), texture, size, (x, y, r) in zip(kinds, textures, sizes, _layout(rng, sizes), strict=True)
     )
-    return Scene(_any(rng, tuple(BACKGROUNDS)), things)
+    return Scene(background, things)
 
 
 def _layout(rng: np.random.Generator, sizes: list[str] | tuple[str, ...]) -> list[tuple[float, float, float]]:
