@@ -10,6 +10,7 @@ It is an operator as PyTorch's own are, which a compiler takes as it is.
 """
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,7 +34,7 @@ def cpu_attention(
     out = torch.empty_like(queries)
     for rows, columns, weights in _blocks(queries, keys):
         _weigh(queries, keys, hidden, rows, columns, weights)
-        torch.bmm(values[rows], weights, out=out[rows, :, columns])
+        out[rows, :, columns] = torch.bmm(values[rows], weights)
     return _features_last(out, q)
 
 
@@ -49,7 +50,10 @@ def _backward(
     v: Float[Tensor, "b h l d"],
     mask: Bool[Tensor, "b 1 1 l"] | None,
 ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h l d"], Float[Tensor, "b h l d"]]:
-    """Returns the gradients of q, k and v. For weights P and scores S: dV = G·Pᵀ, dP = Vᵀ·G, dS = P ⊙ (dP − ΣP ⊙ dP)."""
+    """Returns the gradients of q, k and v.
+
+    For weights P, scores S and `grad` G they come from dV = G·Pᵀ, dP = Vᵀ·G and dS = P ⊙ (dP − Σ P ⊙ dP).
+    """
     queries, keys, values, grads = (_features_first(x) for x in (q, k, v, grad))
     scale = q.shape[-1] ** -0.5
     hidden = _hidden(mask, k)
@@ -59,7 +63,7 @@ def _backward(
         dv[rows].baddbmm_(grads[rows, :, columns], weights.mT)
         torch.bmm(values[rows].mT, grads[rows, :, columns], out=slopes)
         torch._softmax_backward_data(slopes, weights, 1, slopes.dtype, grad_input=slopes)
-        _product(scale, keys[rows], slopes, out=dq[rows, :, columns])
+        dq[rows, :, columns] = torch.bmm(keys[rows], slopes).mul_(scale)
         dk[rows].baddbmm_(queries[rows, :, columns], slopes.mT, alpha=scale)
     return _features_last(dq, q), _features_last(dk, k), _features_last(dv, v)
 
@@ -84,15 +88,16 @@ def _blocks(
     queries: Float[Tensor, "bh d n"], keys: Float[Tensor, "bh d l"], buffers: int = 1
 ) -> Iterator[tuple[slice | Tensor, ...]]:
     """Yields the heads and the queries of a block, and `buffers` tensors (heads, l, queries), used again every time."""
-    heads, n, l = len(queries), queries.shape[2], keys.shape[2]
-    column = l * queries.element_size()  # bytes of one query's weights
+    heads, n, tokens = len(queries), queries.shape[2], keys.shape[2]
+    column = tokens * queries.element_size()  # bytes of one query's weights
     width = min(n, WIDTH, max(1, BLOCK // column))
     height = min(heads, max(1, BLOCK // (width * column)))
-    scratch = queries.new_empty(buffers, height, l, width)
+    scratch = queries.new_empty(buffers, height * tokens * width)
     for i in range(0, heads, height):
         for j in range(0, n, width):
             rows, columns = slice(i, min(i + height, heads)), slice(j, min(j + width, n))
-            yield rows, columns, *scratch[:, : rows.stop - i, :, : columns.stop - j]
+            shape = (rows.stop - i, tokens, columns.stop - j)
+            yield rows, columns, *scratch[:, : prod(shape)].unflatten(1, shape)  # each of them contiguous
 
 
 def _weigh(
@@ -104,14 +109,11 @@ def _weigh(
     weights: Float[Tensor, "block l width"],
 ) -> None:
     """Writes the softmax over the keys of one block."""
-    _product(keys.shape[1] ** -0.5, keys[rows].mT, queries[rows, :, columns], out=weights)
+    scale = keys.shape[1] ** -0.5
+    torch.baddbmm(weights, keys[rows].mT, queries[rows, :, columns], beta=0, alpha=scale, out=weights)
     if hidden is not None:
         weights.masked_fill_(hidden[rows], -torch.inf)
     torch.softmax(weights, dim=1, out=weights)
-
-
-def _product(scale: float, a: Float[Tensor, "m i j"], b: Float[Tensor, "m j k"], out: Float[Tensor, "m i k"]) -> None:
-    torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)  # beta=0: what `out` held does not count
 
 
 def _hidden(mask: Bool[Tensor, "b 1 1 l"] | None, k: Float[Tensor, "b h l d"]) -> Bool[Tensor, "bh l 1"] | None:
