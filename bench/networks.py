@@ -1,0 +1,107 @@
+"""diffusers' UNet and ours with the same weights, on the same inputs, doing the same work."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import minidiff.interop
+from minidiff.cond import Cond
+from minidiff.optim import make_adamw
+
+
+@dataclass(frozen=True)
+class Size:
+    """A UNet laid out like Stable Diffusion 1 (no transformer on the coarsest level), and what it is given."""
+
+    channels: tuple[int, ...]
+    layers: int
+    resolution: int  # of square latents of 4 channels
+    batch: int
+    tokens: int = 77
+    token_dim: int = 64
+
+
+SIZES = {
+    "tiny": Size((32, 64, 128), layers=1, resolution=16, batch=16),  # 3.2 M parameters
+    "small": Size((64, 128, 256), layers=2, resolution=32, batch=4),  # 18 M
+    "base": Size((128, 256, 512), layers=2, resolution=32, batch=2, token_dim=768),  # 72 M
+}
+
+
+def networks(size: Size) -> tuple[nn.Module, nn.Module]:
+    """Returns diffusers' UNet2DConditionModel with random weights, and ours with these same weights."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    n = len(size.channels) - 1
+    theirs = UNet2DConditionModel(
+        block_out_channels=size.channels,
+        layers_per_block=size.layers,
+        down_block_types=["CrossAttnDownBlock2D"] * n + ["DownBlock2D"],
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * n,
+        cross_attention_dim=size.token_dim,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = minidiff.interop.load_unet(folder)
+    return theirs, ours
+
+
+@dataclass(frozen=True)
+class Inputs:
+    x: Tensor
+    tau: Tensor
+    tokens: Tensor
+    target: Tensor
+
+
+def inputs(size: Size) -> Inputs:
+    torch.manual_seed(1)
+    x, target = torch.randn(2, size.batch, 4, size.resolution, size.resolution)
+    return Inputs(x, 999 * torch.rand(size.batch), torch.randn(size.batch, size.tokens, size.token_dim), target)
+
+
+def call_theirs(net: nn.Module, at: Inputs) -> Tensor:
+    return net(at.x, at.tau, at.tokens, return_dict=False)[0]
+
+
+def call_ours(net: nn.Module, at: Inputs) -> Tensor:
+    return net(at.x, at.tau, Cond(tokens=at.tokens))
+
+
+def theirs_adamw(net: nn.Module) -> torch.optim.Optimizer:
+    """As diffusers' training scripts make it."""
+    return torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2)
+
+
+def ours_adamw(net: nn.Module) -> torch.optim.Optimizer:
+    return make_adamw(net, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2)
+
+
+def forward(net: nn.Module, call: Callable, at: Inputs, bf16: bool) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with torch.no_grad(), torch.autocast(at.x.device.type, torch.bfloat16, enabled=bf16):
+            return call(net, at)
+
+    return run
+
+
+def training_step(
+    net: nn.Module, call: Callable, at: Inputs, bf16: bool, optimizer: torch.optim.Optimizer
+) -> Callable[[], Tensor]:
+    """Returns one update: loss, gradients, clipping and AdamW."""
+
+    def run() -> Tensor:
+        with torch.autocast(at.x.device.type, torch.bfloat16, enabled=bf16):
+            loss = F.mse_loss(call(net, at).float(), at.target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return run
