@@ -208,6 +208,40 @@ def test_D4_D7_a_run_whose_stream_is_gone_saves_exits_6_and_goes_on(accumulate, 
     assert {"a", "b"} < words and len(words) >= 38
 
 
+@pytest.fixture
+def streamed(tmp_path):
+    """Returns a function that makes a stream of 40 rows with these captions."""
+
+    def make(captions: list) -> data.Source:
+        glob = files(tmp_path, table=lambda n: rows(n, captions=captions))
+        return data.parquet(glob, streaming=True, buffer_size=8)
+
+    return make
+
+
+def test_C2_rows_of_a_stream_without_words_are_trained_left_out_or_refused_as_they_come(streamed):
+    source = streamed([None, [" "], ["a"], ["b"]] * 10)
+    assert data.treat_empty_captions(source, "unconditional") is source
+    assert {i % 4 for i in levels(read(source, 19, size=2)[0])} == {0, 1, 2, 3}
+    dropped = data.treat_empty_captions(source, "drop")
+    batches, _ = read(dropped, 30, size=2)
+    assert {i % 4 for i in levels(batches)} == {2, 3} and len(set(levels(batches))) >= 18
+    assert [i for batch in batches for i in batch.index] == list(range(60))
+    refused = data.treat_empty_captions(source, "raise")
+    with pytest.raises(DataError, match="MD-DATA-017.*A row of parquet.*'captions'.*empty_caption=raise") as e:
+        read(refused, 19)
+    assert e.value.exit_code == 3
+
+
+def test_C2_a_stream_that_is_left_without_a_row_is_said_and_one_with_words_is_left_alone(streamed):
+    nothing = data.treat_empty_captions(streamed([[""]] * 40), "drop")
+    with pytest.raises(DataError, match="MD-DATA-022.*empty_caption=drop"):
+        read(nothing, 1)
+    whole = streamed([[str(i)] for i in range(40)])
+    for policy in ("drop", "raise"):
+        assert levels(read(data.treat_empty_captions(whole, policy), 9)[0]) == levels(read(whole, 9)[0])
+
+
 def test_hub_streams_without_keeping_anything(tmp_path, monkeypatch):
     class Builder:
         base_path = "hf://datasets/owner/name@0123456789abcdef"

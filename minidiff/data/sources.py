@@ -36,6 +36,7 @@ class Source:
     remarks: tuple[str, ...] = ()  # what the user should know before training on it
     buffer_size: int | None = None  # rows of a stream that are shuffled among themselves; None: no stream
     together: int = 1  # rows in succession that shuffling keeps side by side
+    empty_caption: str = "unconditional"  # what becomes of rows without words in a stream, which come one by one
 
     def __len__(self) -> int:
         """Returns the number of training rows; raises TypeError for a stream."""

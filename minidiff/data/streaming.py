@@ -15,6 +15,7 @@ from itertools import count
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from minidiff.data.captions import admits
 from minidiff.data.held import content
 from minidiff.data.images import BadImage
 from minidiff.data.patience import patient
@@ -87,14 +88,15 @@ class StreamedImages(IterableDataset):
         for epoch in count(position["epoch"]):
             self.rows.set_epoch(epoch)
             empty += 1
-            for row in self._shuffled(patient(self.rows), epoch):
+            admitted = (row for row in patient(self.rows) if admits(self.source, row[self.reader.caption]))
+            for row in self._shuffled(admitted, epoch):
                 empty = 0
                 yield row
             if empty == 2:  # one pass may have been resumed behind its last row
                 raise DataError(
                     "MD-DATA-022",
-                    f"{self.source.name} has no row for one of the processes that read it. Take fewer processes, or "
-                    "data.streaming=false.",
+                    f"{self.source.name} has no row for one of the processes that read it (rows without caption: "
+                    f"empty_caption={self.source.empty_caption}). Take fewer processes, or data.streaming=false.",
                 )
 
     def _shuffled(self, rows: Iterator[dict], epoch: int) -> Iterator[dict]:
