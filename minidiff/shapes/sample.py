@@ -37,7 +37,7 @@ WEIGHTS = {
     "attribute_binding": 0.12,
 }
 CAPTIONS = 6
-FULL = 0.9  # share of captions, after the prompt, that tell all there is to see
+FULL = 0.7  # share of captions, after the prompt, that tell all there is to see
 GAP = 0.14  # between the circles around two things: more than two pixels at 32 px
 JITTER = 0.06  # of a centre, either way
 STRETCH = 0.08  # of a radius, either way
