@@ -199,7 +199,7 @@ class Run:
     def take(self, step: "Step") -> None:  # noqa: F821
         """Moves the average after an update, and says what went wrong in it."""
         self.seen += self.values["batch_size"]
-        rows = ", ".join(map(str, step.rows[:16]))
+        rows = ", ".join(map(str, step.rows[:16])) or "unknown, since a stream does not number them"
         if step.finite:
             self.ema.update(self.model)
             if (usual := self.usual_loss.before_spike(step.loss.item())) is not None:
