@@ -109,18 +109,29 @@ class ScaledLinear(Linear):
 
 @dataclass(frozen=True)
 class Cosine(Process):
-    """alpha is a quarter of a cosine, so noise comes slowly at both ends (Nichol & Dhariwal 2021, eq. 17)."""
+    """alpha is a quarter of a cosine, so noise comes slowly at both ends (Nichol & Dhariwal 2021, eq. 17).
+
+    `shift` multiplies alpha/sigma: below 1 there is more noise at every time, so that more of the training goes to what
+    text decides, layout and form (Hoogeboom et al. 2023, "simple diffusion", eq. 6, shifts so for larger pictures).
+    """
 
     s: float = 0.008  # keeps the first steps from being too small
+    shift: float = 1.0
     t_max = 0.999
 
     def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        return torch.cos(self._angle(t)) / torch.cos(self._angle(torch.zeros_like(t)))
+        data, noise = self._unshifted(t)
+        return self.shift * data / torch.hypot(self.shift * data, noise)
 
     def sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        data, noise = self._unshifted(t)
+        return noise / torch.hypot(self.shift * data, noise)
+
+    def _unshifted(self, t: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
         angle, start = self._angle(t), self._angle(torch.zeros_like(t))
         # From cos²a - cos²b = sin(b - a)·sin(b + a), which keeps the digits that 1 - alpha² loses near t = 0.
-        return torch.sqrt(torch.sin(angle - start) * torch.sin(angle + start)) / torch.cos(start)
+        noise = torch.sqrt(torch.sin(angle - start) * torch.sin(angle + start))
+        return torch.cos(angle) / torch.cos(start), noise / torch.cos(start)
 
     def _angle(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         return (t + self.s) / (1 + self.s) * (math.pi / 2)

@@ -21,6 +21,7 @@ PRESERVING = [
     Linear(),
     ScaledLinear(),
     Cosine(),
+    Cosine(shift=0.5),
     Sigmoid(),
     ZeroTerminalSNR(ScaledLinear()),
     ZeroTerminalSNR(Cosine()),
@@ -52,6 +53,13 @@ def test_the_snr_only_falls(process):
 def test_variance_is_preserved(process):
     t = times()
     torch.testing.assert_close(process.alpha(t) ** 2 + process.sigma(t) ** 2, torch.ones_like(t))
+
+
+def test_a_shift_of_the_cosine_moves_its_log_snr_and_keeps_its_ends():
+    t = times(low=0.001, high=0.999)
+    moved = Cosine(shift=0.25).log_snr(t) - Cosine().log_snr(t)
+    torch.testing.assert_close(moved, torch.full_like(t, 2 * math.log(0.25)))
+    assert Cosine(shift=0.25).alpha(torch.zeros(())).item() == 1
 
 
 @pytest.mark.parametrize("process", [Linear(), ScaledLinear(), Cosine()], ids=str)
