@@ -2,6 +2,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ def pipe(tiny_run):
     pipe = minidiff.load(tiny_run, device="cpu")
     torch.manual_seed(0)
     for p in pipe.denoiser.net.parameters():  # so that the prompt matters in a hardly trained network
-        torch.nn.init.normal_(p, std=0.15)
+        torch.nn.init.normal_(p, std=0.25)
     return pipe
 
 
@@ -42,8 +43,10 @@ def test_seed_zero_is_a_seed_and_seeds_differ(pipe):
     a, b = pipe.sample(["a star"] * 2, [0, 0], steps=2)
     c = pipe.sample(["a star"], [1], steps=2)[0]
     assert torch.equal(a, b) and not torch.allclose(a, c)
-    first, second = pipe("a star", seed=0, n=2, steps=2)
-    assert first == pipe("a star", seed=0, steps=2)[0] and second == pipe("a star", seed=1, steps=2)[0]
+    together = pipe("a star", seed=0, n=2, steps=2)
+    alone = [pipe("a star", seed=seed, steps=2)[0] for seed in (0, 1)]
+    for one, other in zip(together, alone, strict=True):  # a batch of two may round to the next grey level (R7)
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
 
 
 def test_G2_guidance_zero_and_one_are_exact_and_cost_one_network_call(pipe, monkeypatch):
