@@ -137,7 +137,7 @@ class Bomb:
         return os.system, (f"touch {os.environ['MARKER']}",)
 
 
-def test_E12_T1_pickles_are_refused_in_words_and_never_run(tmp_path, monkeypatch):
+def test_R8_E12_T1_pickles_are_refused_in_words_and_never_run(tmp_path, monkeypatch):
     marker = tmp_path / "marker"
     monkeypatch.setenv("MARKER", str(marker))
     bomb = pickle.dumps(Bomb())

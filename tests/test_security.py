@@ -40,7 +40,9 @@ EVIL = {
 
 @pytest.mark.parametrize("flags", [[], ["--cfg", "job"], ["--multirun"]], ids=["plain", "cfg", "multirun"])
 @pytest.mark.parametrize("evil", EVIL.values(), ids=EVIL.keys())
-def test_A9_T3_T4_somebody_elses_experiment_runs_nothing_and_reads_no_secret(evil, flags, conf, tmp_path, monkeypatch):
+def test_R8_A9_T3_T4_somebody_elses_experiment_runs_nothing_and_reads_no_secret(
+    evil, flags, conf, tmp_path, monkeypatch
+):
     marker = tmp_path / "marker"
     header = "# @package _global_\n"
     (conf / "experiment" / "theirs.yaml").write_text(header + evil.replace("MARKER", str(marker)) + "\n")
@@ -77,7 +79,7 @@ def test_T3_flags_that_load_foreign_configurations_are_not_offered(flag, monkeyp
     ],
     ids=lambda node: node["_target_"],
 )
-def test_E12_T3_a_recipe_in_a_checkpoint_runs_nothing_and_writes_nothing(evil, tiny_run, tmp_path):
+def test_R8_E12_T3_a_recipe_in_a_checkpoint_runs_nothing_and_writes_nothing(evil, tiny_run, tmp_path):
     import pickle
 
     from test_checkpoint import Bomb
