@@ -152,7 +152,7 @@ def test_A7_a_run_that_is_not_the_same_any_more_is_refused(half, change, words):
 def test_A7_what_may_change_is_said(half, capsys):
     train(half, *FAST, "steps=6", "optim.lr=1e-3")
     shown = capsys.readouterr().out
-    assert "changed since the checkpoint: optim.lr was 0.003 and is 0.001" in shown
+    assert "changed since the checkpoint: optim.lr was 0.0025 and is 0.001" in shown
     assert "changed since the checkpoint: steps was 4 and is 6" in shown
 
 
