@@ -42,7 +42,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in self.qkv(x).chunk(3, dim=-1))
         return self.out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
 
 
@@ -56,9 +56,10 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(token_dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
 
-    def keys_values(self, tokens: Float[Tensor, "b l e"]) -> Float[Tensor, "two b h l d"]:
+    def keys_values(self, tokens: Float[Tensor, "b l e"]) -> tuple[Float[Tensor, "b h l d"], Float[Tensor, "b h l d"]]:
         """Returns what the tokens answer with, whatever the positions ask: sampling needs it once for all steps."""
-        return rearrange(self.kv(tokens), "b l (two h d) -> two b h l d", two=2, h=self.heads)
+        k, v = (rearrange(y, "b l (h d) -> b h l d", h=self.heads) for y in self.kv(tokens).chunk(2, dim=-1))
+        return k, v
 
     def forward(
         self, x: Float[Tensor, "b n d"], tokens: Words, mask: Bool[Tensor, "b l"] | None
