@@ -20,6 +20,7 @@ from torch.library import custom_op
 
 BLOCK = 2**20  # bytes of weights at a time and thread, about what a core's cache holds
 LOG2E = math.log2(math.e)
+SMALL = 64.0  # scores from -64 to 64 have powers of two that float32 holds and can add up as they are
 WIDTH = 128  # queries at a time: rows that lie 4 KiB apart would evict each other from the cache
 
 
@@ -36,11 +37,12 @@ def _forward(
     queries, keys, values = (_features_first(x) for x in (q, k, v))
     hidden = _hidden(mask, k)
     out, totals = torch.empty_like(queries), queries.new_empty(len(queries), 1, q.shape[2])
+    small = q.dtype == torch.float32 and _largest(queries) * _largest(keys) * q.shape[-1] ** 0.5 * LOG2E < SMALL
     for rows, columns, weights in _blocks(queries, keys):
         if q.dtype == torch.float32:
             _score(queries[rows, :, columns], keys[rows], hidden, rows, weights, LOG2E)
-            top = weights.amax(1, keepdim=True)
-            total = weights.sub_(top).exp2_().sum(1, keepdim=True)
+            top = 0 if small else weights.amax(1, keepdim=True)
+            total = (weights if small else weights.sub_(top)).exp2_().sum(1, keepdim=True)
             out[rows, :, columns] = torch.bmm(values[rows], weights).div_(total)
             totals[rows, :, columns] = total.log2_().add_(top)
         else:
@@ -143,6 +145,10 @@ def _score(
     torch.baddbmm(scores, keys.mT, queries, beta=0, alpha=unit * keys.shape[1] ** -0.5, out=scores)
     if hidden is not None:
         scores.masked_fill_(hidden[rows], -torch.inf)
+
+
+def _largest(x: Float[Tensor, "bh d n"]) -> float:
+    return torch.linalg.vector_norm(x, torch.inf).item()
 
 
 def _hidden(mask: Bool[Tensor, "b 1 1 l"] | None, k: Float[Tensor, "b h l d"]) -> Bool[Tensor, "bh l 1"] | None:
