@@ -9,7 +9,8 @@ Starts from the tiny network and changes one number at a time.
 import argparse
 from dataclasses import replace
 
-from networks import SIZES, call_ours, call_theirs, inputs, networks, ours_adamw, theirs_adamw, training_step
+from folders import SIZES
+from networks import call_ours, call_theirs, inputs, networks, ours_adamw, theirs_adamw, training_step
 from pairs import compare, parse, report
 
 TINY = replace(SIZES["tiny"], batch=4)

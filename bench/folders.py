@@ -9,17 +9,20 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Size:
-    """A Stable Diffusion in small: no transformer on the coarsest level, 77 tokens, 8 pixels to a latent."""
+    """A Stable Diffusion 1 in small (no transformer on the coarsest level), and what its UNet is given."""
 
     channels: tuple[int, ...]
     layers: int
-    latents: int  # positions in height and in width
-    token_dim: int
+    resolution: int  # of square latents of 4 channels, 8 pixels each
+    batch: int
+    tokens: int = 77
+    token_dim: int = 64
 
 
 SIZES = {
-    "tiny": Size((32, 64, 128), layers=1, latents=16, token_dim=64),  # UNet of 3.2 M parameters
-    "small": Size((64, 128, 256), layers=2, latents=16, token_dim=128),  # 18 M
+    "tiny": Size((32, 64, 128), layers=1, resolution=16, batch=16),  # UNet of 3.2 M parameters
+    "small": Size((64, 128, 256), layers=2, resolution=32, batch=4),  # 18 M
+    "base": Size((128, 256, 512), layers=2, resolution=32, batch=2, token_dim=768),  # 72 M
 }
 
 
@@ -32,7 +35,7 @@ def write(folder: Path, size: Size) -> Path:
     torch.manual_seed(0)
     n = len(size.channels) - 1
     unet = UNet2DConditionModel(
-        sample_size=size.latents,
+        sample_size=size.resolution,
         block_out_channels=size.channels,
         layers_per_block=size.layers,
         down_block_types=["CrossAttnDownBlock2D"] * n + ["DownBlock2D"],

@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from networks import SIZES, call_ours, call_theirs, inputs, networks, ours_adamw, theirs_adamw, training_step
+from folders import SIZES
+from networks import call_ours, call_theirs, inputs, networks, ours_adamw, theirs_adamw, training_step
 from pairs import parse, record
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}

@@ -6,30 +6,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from folders import Size
 from torch import Tensor, nn
 
 import minidiff.interop
 from minidiff.cond import Cond
 from minidiff.optim import make_adamw
-
-
-@dataclass(frozen=True)
-class Size:
-    """A UNet laid out like Stable Diffusion 1 (no transformer on the coarsest level), and what it is given."""
-
-    channels: tuple[int, ...]
-    layers: int
-    resolution: int  # of square latents of 4 channels
-    batch: int
-    tokens: int = 77
-    token_dim: int = 64
-
-
-SIZES = {
-    "tiny": Size((32, 64, 128), layers=1, resolution=16, batch=16),  # 3.2 M parameters
-    "small": Size((64, 128, 256), layers=2, resolution=32, batch=4),  # 18 M
-    "base": Size((128, 256, 512), layers=2, resolution=32, batch=2, token_dim=768),  # 72 M
-}
 
 
 def networks(size: Size) -> tuple[nn.Module, nn.Module]:

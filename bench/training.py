@@ -201,7 +201,7 @@ def parent() -> None:
     values = pairs.parse(parser)
     with tempfile.TemporaryDirectory() as place:
         place, size = Path(place), folders.SIZES[values.size]
-        what = folders.write(place / "folder", size), draw(place / "train.parquet", 8 * size.latents)
+        what = folders.write(place / "folder", size), draw(place / "train.parquet", 8 * size.resolution)
         what += (values.batch, values.updates)
         jobs = {"diffusers' recipe": ("recipe", "ours", values.ours)}
         if importlib.util.find_spec("denoising_diffusion_pytorch"):

@@ -12,8 +12,8 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from folders import SIZES
 from networks import (
-    SIZES,
     call_ours,
     call_theirs,
     forward,

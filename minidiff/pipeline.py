@@ -25,6 +25,7 @@ from minidiff.config import build
 from minidiff.denoiser import Denoiser
 from minidiff.errors import CheckpointError, InputError
 from minidiff.machine import compile_network, resolve_device, resolve_precision
+from minidiff.nn.packed import packed
 from minidiff.objective import Objective
 from minidiff.process import Process
 from minidiff.samplers import State
@@ -160,13 +161,14 @@ class Pipeline:
     def guided(self, cond: Cond, null: Cond, how: Sampling) -> Callable:
         """Returns the denoiser that samplers see: classifier-free guidance, its interval, and a bounded x0_hat."""
         process, cond, null = self.denoiser.process, cond.to(self.device), null.to(self.device)
-        prepared = cache(self.denoiser.net.prepare)  # what depends on words alone: once, and not at every step
+        denoiser = packed(self.denoiser) if self.precision == "fp32" else self.denoiser
+        prepared = cache(denoiser.net.prepare)  # what depends on words alone: once, and not at every step
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
 
         @torch.no_grad()
         def network(xt: Tensor, t: Tensor, c: Cond) -> tuple[Tensor, Tensor]:
             with torch.autocast(self.device.type, half, enabled=half is not None):
-                return self.denoiser(xt, t, prepared(c))
+                return denoiser(xt, t, prepared(c))
 
         denoise = guidance.guided(network, process, cond, null, how.guidance, how.rescale)
         if (how.low, how.high) != (0, 1):

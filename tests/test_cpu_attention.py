@@ -29,6 +29,19 @@ def test_values_and_gradients_are_those_of_the_formula(shape, block, masked, mon
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("loudness", [1.0, 50.0, 1e4])
+def test_scores_may_be_of_any_size(loudness):
+    """Powers of two of the loud ones would be infinite, or all zero, as they are."""
+    torch.manual_seed(0)
+    q, k, v = (heads_of(2, 9, 2, 4) for _ in range(3))
+    direction = torch.randn(2, 2, 9, 4)
+    ours = cpu_attention(loudness * q, k, v, None)
+    theirs = F.scaled_dot_product_attention(loudness * q.double(), k.double(), v.double())
+    torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-5)
+    for mine, want in zip(*(torch.autograd.grad(y, (k, v), direction) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(mine, want.float(), rtol=1e-3, atol=1e-5 * loudness)
+
+
 def test_it_is_an_operator_like_any_other():
     """Schema, shapes and strides without numbers, and derivatives under tracing: what compilers rely on."""
     q, k, v = heads_of(2, 6, 2, 4), heads_of(2, 5, 2, 4), heads_of(2, 5, 2, 4)

@@ -33,7 +33,7 @@ def _forward(
     v: Float[Tensor, "b h l d"],
     mask: Bool[Tensor, "b 1 1 l"] | None,
 ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "bh 1 n"]]:
-    """Returns the output, and of every query log₂ Σ eˢ over its scores s (in float32; else nothing is written there)."""
+    """Returns the output, and of every query log₂ Σ eˢ over its scores s (in float32; else that is not written)."""
     queries, keys, values = (_features_first(x) for x in (q, k, v))
     hidden = _hidden(mask, k)
     out, totals = torch.empty_like(queries), queries.new_empty(len(queries), 1, q.shape[2])
