@@ -1,9 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minidiff.cond import Cond
 from minidiff.errors import InputError
-from minidiff.nn.attention import CrossAttention, SelfAttention
+from minidiff.nn.attention import CrossAttention, Gated, SelfAttention
 from minidiff.nn.embed import grid_embedding, sinusoidal
 from minidiff.nn.unet import UNet
 
@@ -121,3 +122,10 @@ def test_positions_let_a_network_answer_by_place():
 def test_positions_need_a_width_of_fours():
     with pytest.raises(InputError, match="MD-NET-005"):
         tiny(channels=[6], groups=2, heads=2, attend=[False], positions=True)
+
+
+def test_the_gate_that_is_computed_twice_has_its_formula_and_derivative():
+    both = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    value, gate = both.chunk(2, dim=-1)
+    assert torch.equal(Gated.apply(both), value * F.gelu(gate))
+    assert torch.autograd.gradcheck(Gated.apply, (both,))

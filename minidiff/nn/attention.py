@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minidiff.nn.cpu_attention import cpu_attention
 
@@ -79,8 +80,29 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(expansion * dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return self.out(value * F.gelu(gate))
+        return self.out(Gated.apply(self.proj(x)))
+
+
+class Gated(torch.autograd.Function):
+    """value ⊙ gelu(gate) of (value, gate) side by side. Its backward pass computes gelu again instead of keeping it,
+    the largest tensor of a transformer but one.
+    """
+
+    @staticmethod
+    def forward(ctx, both: Float[Tensor, "b n two_f"]) -> Float[Tensor, "b n f"]:
+        ctx.save_for_backward(both)
+        value, gate = both.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Float[Tensor, "b n f"]) -> Float[Tensor, "b n two_f"]:
+        (both,) = ctx.saved_tensors
+        (value, gate), slopes = both.chunk(2, dim=-1), torch.empty_like(both)
+        to_value, to_gate = slopes.chunk(2, dim=-1)
+        torch.mul(grad, F.gelu(gate), out=to_value)
+        torch.ops.aten.gelu_backward.grad_input(grad * value, gate, grad_input=to_gate)
+        return slopes
 
 
 class TransformerLayer(nn.Module):
