@@ -7,7 +7,7 @@ keeping them (Dao et al. 2022, "FlashAttention"). Three things make it faster th
     keys down         weights are (keys, queries), and softmax goes down: 77 tokens do not fill vectors of 16 numbers
     powers of two     in float32, 2^x takes a quarter of eˣ's time: eˢ = 2^(s·log₂e)
 
-It is an operator as PyTorch's own are, which a compiler takes as it is.
+For gradients and compilers it is an operator as PyTorch's own are.
 """
 
 import math
@@ -24,10 +24,7 @@ SMALL = 64.0  # scores from -64 to 64 have powers of two that float32 holds and 
 WIDTH = 128  # queries at a time: rows that lie 4 KiB apart would evict each other from the cache
 
 
-@custom_op(
-    "minidiff::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, Tensor? mask) -> (Tensor, Tensor)"
-)
-def _forward(
+def _attend(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h l d"],
     v: Float[Tensor, "b h l d"],
@@ -51,6 +48,11 @@ def _forward(
     return _features_last(out, q), totals
 
 
+_forward = custom_op(
+    "minidiff::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, Tensor? mask) -> (Tensor, Tensor)"
+)(_attend)
+
+
 def cpu_attention(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h l d"],
@@ -58,7 +60,8 @@ def cpu_attention(
     mask: Bool[Tensor, "b 1 1 l"] | None,
 ) -> Float[Tensor, "b h n d"]:
     """Returns what every query reads from the values; a key whose mask is False is not seen."""
-    return _forward(q, k, v, mask)[0]
+    traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return (_forward if traced else _attend)(q, k, v, mask)[0]  # an operator's call costs as much as a small product
 
 
 @custom_op(
