@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 BLOCK = 2**20  # bytes of weights at a time and thread, about what a core's cache holds
+WIDTH = 128  # queries at a time: rows that lie 4 KiB apart would evict each other from the cache
 LOG2E = math.log2(math.e)
 SMALL = 64.0  # scores from -64 to 64 have powers of two that float32 holds and can add up as they are
-WIDTH = 128  # queries at a time: rows that lie 4 KiB apart would evict each other from the cache
 
 
 def _attend(
@@ -36,14 +36,16 @@ def _attend(
     out, totals = torch.empty_like(queries), queries.new_empty(len(queries), 1, q.shape[2])
     small = q.dtype == torch.float32 and _largest(queries) * _largest(keys) * q.shape[-1] ** 0.5 * LOG2E < SMALL
     for rows, columns, weights in _blocks(queries, keys):
+        _score(queries[rows, :, columns], keys[rows], hidden, rows, weights)
         if q.dtype == torch.float32:
-            _score(queries[rows, :, columns], keys[rows], hidden, rows, weights, LOG2E)
-            top = 0 if small else weights.amax(1, keepdim=True)
-            total = (weights if small else weights.sub_(top)).exp2_().sum(1, keepdim=True)
+            top = 0.0
+            if not small:
+                top = weights.amax(1, keepdim=True)
+                weights.sub_(top)
+            total = weights.exp2_().sum(1, keepdim=True)
             out[rows, :, columns] = torch.bmm(values[rows], weights).div_(total)
             totals[rows, :, columns] = total.log2_().add_(top)
         else:
-            _score(queries[rows, :, columns], keys[rows], hidden, rows, weights)
             out[rows, :, columns] = torch.bmm(values[rows], torch.softmax(weights, dim=1, out=weights))
     return _features_last(out, q), totals
 
@@ -89,11 +91,10 @@ def _backward(
     means = (grad * out).sum(-1).flatten(0, 1)[:, None]  # of dP, weighted by P
     dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     for rows, columns, weights, slopes in _blocks(queries, keys, buffers=2):
+        _score(queries[rows, :, columns], keys[rows], hidden, rows, weights)
         if q.dtype == torch.float32:
-            _score(queries[rows, :, columns], keys[rows], hidden, rows, weights, LOG2E)
             weights.sub_(totals[rows, :, columns]).exp2_()
         else:  # a rounded total would be wrong by up to 2 %
-            _score(queries[rows, :, columns], keys[rows], hidden, rows, weights)
             torch.softmax(weights, dim=1, out=weights)
         dv[rows].baddbmm_(grads[rows, :, columns], weights.mT)
         torch.bmm(values[rows].mT, grads[rows, :, columns], out=slopes)
@@ -142,9 +143,9 @@ def _score(
     hidden: Bool[Tensor, "bh l 1"] | None,
     rows: slice,
     scores: Float[Tensor, "block l width"],
-    unit: float = 1.0,
 ) -> None:
-    """Writes the scores of one block, times `unit`."""
+    """Writes the scores of one block, in float32 times log₂e: to be exponents of two there, and of e elsewhere."""
+    unit = LOG2E if scores.dtype == torch.float32 else 1.0
     torch.baddbmm(scores, keys.mT, queries, beta=0, alpha=unit * keys.shape[1] ** -0.5, out=scores)
     if hidden is not None:
         scores.masked_fill_(hidden[rows], -torch.inf)

@@ -34,8 +34,10 @@ class PackedConv2d(nn.Module):
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    if type(module) is nn.Conv2d and not module._forward_hooks:  # a hook, such as LoRA's, wants the layer itself
-        return PackedConv2d(module)
+    if type(module) is nn.Conv2d:
+        heard = module._forward_hooks or module._forward_pre_hooks  # a hook, such as LoRA's, wants the layer itself
+        plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return PackedConv2d(module) if plain and not heard else module
     children = {name: None if child is None else _twin(child) for name, child in module._modules.items()}
     if all(children[name] is child for name, child in module._modules.items()):
         return module  # no convolutions in there
