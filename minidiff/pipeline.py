@@ -226,13 +226,7 @@ def assemble(
     Latents have no bounds to keep x0_hat in, so without a threshold there they are left as they are.
     """
     channels = space.shape[0]
-    unet = net(
-        in_channels=channels,
-        out_channels=channels,
-        patch=space.patch,
-        token_dim=text.token_dim,
-        vector_dim=text.vector_dim,
-    )
+    unet = net(in_channels=channels, out_channels=channels, token_dim=text.token_dim, vector_dim=text.vector_dim)
     unit = space.factor * unet.multiple
     if space.image_size % unit:
         low = space.image_size // unit * unit

@@ -72,7 +72,6 @@ class Latents:
     """
 
     bounded = False
-    patch = 1  # channels are no neighbours of each other
 
     def __init__(self, vae: VAE | TinyVAE, image_size: int, *, measured: bool = False) -> None:
         if image_size % vae.factor or image_size < 1:

@@ -231,8 +231,7 @@ def latent_run(folders, tmp_path_factory) -> Path:
     """A run of two updates on the latents of the first folder's autoencoder, prompted through its text encoder."""
     overrides = ["space=latents", f"space.vae={folders['sd1'] / 'vae'}", "space.measured=true", "text=folder"]
     overrides += [f"text.folder={folders['sd1']}", "process=table", "objective=eps", "weighting=uniform", "steps=2"]
-    overrides += ["sampler=ddim", "grid=leading", "net.positions=false", "net.pixel_width=0"]
-    overrides += ["every.preview=2"]
+    overrides += ["sampler=ddim", "grid=leading", "net.positions=false", "every.preview=2"]
     return train(tmp_path_factory.mktemp("latents"), *overrides)
 
 

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from minidiff.cond import Cond
 from minidiff.errors import InputError
 from minidiff.nn.attention import CrossAttention, Gated, SelfAttention
-from minidiff.nn.blocks import PixelHead
 from minidiff.nn.embed import grid_embedding, sinusoidal
 from minidiff.nn.unet import UNet
 
@@ -123,29 +122,6 @@ def test_positions_let_a_network_answer_by_place():
 def test_positions_need_a_width_of_fours():
     with pytest.raises(InputError, match="MD-NET-005"):
         tiny(channels=[6], groups=2, heads=2, attend=[False], positions=True)
-
-
-def test_a_pixel_head_can_hand_a_picture_past_a_narrow_network():
-    """silu(a) − silu(−a) = a, so two numbers a colour hold it on its way; two features could not hold 48."""
-    head, h, x = PixelHead(2, 48, patch=4, width=6), torch.randn(2, 2, 3, 5), torch.randn(2, 48, 3, 5)
-    assert head(h, x).abs().max() == 0  # it starts by adding nothing
-    signed = torch.cat([torch.eye(3), -torch.eye(3)])
-    with torch.no_grad():
-        for p in head.parameters():
-            p.zero_()
-        head.features.bias[: 6 * 16] = 1  # scale 1, shift 0
-        head.stem.weight[:, :, 1, 1], head.mid.weight[:, :, 1, 1] = signed, signed @ signed.T
-        head.out.weight[:, :, 0, 0] = signed.T
-    torch.testing.assert_close(head(h, x), x)
-
-
-def test_a_pixel_head_hears_a_patch_about_its_own_pixels():
-    head, h, x = PixelHead(2, 48, patch=4, width=6), torch.randn(1, 2, 3, 5), torch.randn(1, 48, 3, 5)
-    torch.nn.init.normal_(head.out.weight)
-    other = h.clone()
-    other[:, :, 0, 0] += 1
-    changed = F.pixel_shuffle(head(other, x) - head(h, x), 4).abs().sum(1)[0] > 0
-    assert changed[:4, :4].all() and not changed[5:].any() and not changed[:, 5:].any()
 
 
 def test_the_gate_that_is_computed_twice_has_its_formula_and_derivative():

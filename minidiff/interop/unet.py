@@ -180,12 +180,11 @@ def save_unet(net: UNet, folder: str | Path, sample_size: int | None = None) -> 
 
 def describe(net: UNet, sample_size: int | None = None) -> dict:
     """Returns the configuration of diffusers' `UNet2DConditionModel` that computes the same function as `net`."""
-    if net.positions or net.pixel_head is not None:
+    if net.positions:
         raise InputError(
             "MD-INTEROP-006",
-            "A UNet with net.positions=true adds sines of the place to its features, one with net.pixel_width has a "
-            "second head for single pixels, and diffusers' UNets have neither: what was saved would compute something "
-            "else. Train with net.positions=false and net.pixel_width=0 to share the result.",
+            "A UNet with net.positions=true adds sines of the place to its features, and diffusers' UNets do not: what "
+            "was saved would compute something else. Train with net.positions=false to share the result.",
         )
     firsts = [level.blocks[0] for level in net.down]
     attend = [block.transformer is not None for block in firsts]

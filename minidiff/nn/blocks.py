@@ -86,31 +86,6 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size, mode="nearest"))
 
 
-class PixelHead(nn.Module):
-    """Adds what features of a whole patch are too few to hold: it looks at single pixels of the network's input.
-
-    Every pixel's neighbourhood becomes `width` numbers, which the patch's features scale and shift, pixel by pixel.
-    Where there is little noise, the picture then need not pass the narrow network to come out as it was (cf. the patch
-    detailer head of Chen et al. 2025, "DiP", §3).
-    """
-
-    def __init__(self, in_channels: int, x_channels: int, patch: int, width: int) -> None:
-        super().__init__()
-        self.patch, colours = patch, x_channels // patch**2
-        self.features = nn.Conv2d(in_channels, 2 * width * patch**2, 1)
-        self.stem = nn.Conv2d(colours, width, 3, padding=1)
-        self.mid = nn.Conv2d(width, width, 3, padding=1)
-        self.out = nn.Conv2d(width, colours, 1)
-        nn.init.zeros_(self.out.weight)  # it starts by adding nothing
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, h: Float[Tensor, "b i h w"], x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """`h` are features and `x` is the network's input, in patches: c = colours · patch²."""
-        scale, shift = F.pixel_shuffle(self.features(h), self.patch).chunk(2, dim=1)
-        pixels = F.silu(self.stem(F.pixel_shuffle(x, self.patch)) * scale + shift)
-        return F.pixel_unshuffle(self.out(F.silu(self.mid(pixels))), self.patch)
-
-
 class Level(nn.Module):
     """The blocks of one resolution, and the way to the next one (None at the ends of the U)."""
 

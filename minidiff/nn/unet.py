@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minidiff.cond import Cond
 from minidiff.errors import InputError
 from minidiff.nn.attention import CrossAttention, SpatialTransformer
-from minidiff.nn.blocks import Block, Downsample, Level, PixelHead, ResBlock, Upsample
+from minidiff.nn.blocks import Block, Downsample, Level, ResBlock, Upsample
 from minidiff.nn.embed import TimeEmbedding, grid_embedding
 
 
@@ -51,8 +51,6 @@ class UNet(nn.Module):
         cos_first: bool = True,  # in the embedding of tau
         freq_shift: float = 0.0,  # in the embedding of tau
         positions: bool = False,  # tells every position where it is, by sines added to the stem's output
-        patch: int = 1,  # side of the squares of pixels that are the channels of x
-        pixel_width: int = 0,  # of a second head, which works on single pixels; 0: without
     ) -> None:
         super().__init__()
         levels = _levels(channels, layers, attend, heads, head_dim, depth)
@@ -92,7 +90,6 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(c, out_channels, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.pixel_head = PixelHead(c, in_channels, patch, pixel_width) if pixel_width else None
 
     def prepare(self, cond: Cond) -> Cond:
         """Returns `cond` with the keys and values that every cross-attention takes from its tokens, for many forwards
@@ -128,8 +125,7 @@ class UNet(nn.Module):
             if level.resample is not None:
                 h = level.resample(h, skips[-1].shape[2:])
 
-        h = F.silu(self.head_norm(h))
-        return self.head(h) if self.pixel_head is None else self.head(h) + self.pixel_head(h, x)
+        return self.head(F.silu(self.head_norm(h)))
 
 
 class _Level(NamedTuple):
