@@ -109,5 +109,6 @@ def orthogonal(matrices: Float[Tensor, "n r c"], iterations: int = 5) -> Float[T
     a, b, c = QUINTIC
     for _ in range(iterations):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        # a·x + (b·gram + c·gram²)·x, each sum in one pass with its product
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype)

@@ -13,9 +13,10 @@ tokenizer of its own (`minidiff.interop.text` reads and writes it).
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -137,6 +138,8 @@ class TextEncoder:
     `layer` counts from the end: −1 is the transformer's last layer, −2 the one before, as in Stable Diffusion 2.
     """
 
+    _expected: Iterator[str] = iter(())
+
     def __init__(
         self, model: str, *, pretrained: str | None = None, weights: str | Path | None = None, layer: int = -1
     ) -> None:
@@ -173,6 +176,10 @@ class TextEncoder:
             tokens[i, : len(row)], mask[i, : len(row)] = row, True
         return Cond(tokens=tokens, mask=mask, vector=torch.stack([vector for _, vector in rows]))
 
+    def expect(self, captions: Iterable[str]) -> None:
+        """Tells captions that will be asked for: they fill up batches, which are encoded whole in any case."""
+        self._expected = iter(captions)
+
     def remember_in(self, folder: Path) -> Cache:
         """Keeps embeddings in a folder, for other runs and to save memory, and takes from it those that are there."""
         cache = Cache(folder / self.identity.replace("/", "_"))
@@ -184,7 +191,9 @@ class TextEncoder:
         rows = {caption: self._memory.get(caption) for caption in captions}
         missing = [caption for caption, row in rows.items() if row is None]
         for i in range(0, len(missing), BATCH):
-            rows |= self._encode(missing[i : i + BATCH])
+            batch = missing[i : i + BATCH]
+            others = (caption for caption in self._expected if self._memory.get(caption) is None)
+            rows |= self._encode([*batch, *islice(others, BATCH - len(batch))])
         return [rows[caption] for caption in captions]
 
     @torch.no_grad()

@@ -37,6 +37,19 @@ def test_each_distinct_caption_is_encoded_once(encoder, monkeypatch):
     assert torch.equal(first.tokens[2], again.tokens[0])
 
 
+def test_expected_captions_fill_up_batches_and_come_out_the_same(monkeypatch):
+    patient, hasty = tiny(), tiny()
+    captions = [f"{number} red circles" for number in range(text.BATCH + 3)]
+    patient.expect(captions)
+    patient(["a blue star", captions[0]])
+    monkeypatch.setattr(patient, "_encode", None)  # what is remembered needs no transformer
+    filled = text.BATCH - 2
+    together = patient(captions[:filled])
+    for i, caption in enumerate(captions[:filled]):
+        assert torch.equal(together.tokens[i], hasty([caption]).tokens[0])
+        assert torch.equal(together.vector[i], hasty([caption]).vector[0])
+
+
 def test_the_memory_cannot_be_written_through(encoder):
     cond = encoder(["a red circle"])
     before = cond.tokens.clone()

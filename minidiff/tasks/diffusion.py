@@ -139,6 +139,7 @@ class TextToImage:
         returns what there is to say about the captions.
         """
         captions, tokenizer = list(captions), self.pipeline.text.tokenizer
+        self.pipeline.text.expect(captions)
         new = {word for caption in captions for word in words(caption)} - self.pipeline.vocabulary
         self.pipeline.vocabulary |= new
         # only as many as are read in a second; a token has a letter at least
