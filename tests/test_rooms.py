@@ -16,7 +16,7 @@ SCRIPTS = [*ROOMS, ROOT / "train.py", ROOT / "sample.py"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOORS = {
     "open_clip": {"text"},
-    "datasets": {"data/sources"},
+    "datasets": {"data/source", "data/sources", "data/divide"},
     "wandb": {"log"},
     "hydra": {"config/command"},
     "omegaconf": {"config/command"},

@@ -13,7 +13,8 @@ instead of CaptionedImages, and the order is only approximately known (`streamin
 from minidiff.data.ahead import Ahead
 from minidiff.data.captions import treat_empty_captions
 from minidiff.data.images import load_image
-from minidiff.data.sources import Source, folder, hub, parquet, shapes
+from minidiff.data.source import Source
+from minidiff.data.sources import folder, hub, parquet, shapes
 from minidiff.data.stream import (
     BadRows,
     Batch,

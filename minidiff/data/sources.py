@@ -1,83 +1,16 @@
-"""Where captioned images come from, as rows of Hugging Face `datasets`."""
+"""The four places that captioned images come from, each as a `Source`: shapes, parquet, folder and hub."""
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
-from minidiff.data.held import Keeps, content
-from minidiff.data.patience import patient
+from minidiff.data.divide import divide
 from minidiff.data.scenes import draw_scenes, shapes_code
-from minidiff.errors import DataError, did_you_mean
-
-HELD = 256  # rows of a stream that are kept for validation
-HEAD = 1024  # first rows that they are drawn from
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows to train on and rows to validate on, as Hugging Face `Dataset`s, and which columns to read.
-
-    A stream's training rows are an `IterableDataset`, whose length nobody knows.
-    """
-
-    name: str
-    train: "datasets.Dataset | datasets.IterableDataset"  # noqa: F821
-    validation: "datasets.Dataset"  # noqa: F821
-    image: str = "image"
-    caption: str = "captions"
-    remarks: tuple[str, ...] = ()  # what the user should know before training on it
-    buffer_size: int | None = None  # rows of a stream that are shuffled among themselves; None: no stream
-    together: int = 1  # rows in succession that shuffling keeps side by side
-    empty_caption: str = "unconditional"  # what becomes of rows without words in a stream, which come one by one
-
-    def __len__(self) -> int:
-        """Returns the number of training rows; raises TypeError for a stream."""
-        return len(self.train)
-
-    def size(self) -> str:
-        """Returns how many training rows there are, in words."""
-        if self.buffer_size is None:
-            return f"{len(self)} images"
-        return f"a stream of images, shuffled through a buffer of {self.buffer_size},"
-
-    def head(self, n: int) -> "datasets.Dataset":  # noqa: F821
-        """Returns the first training rows, at most `n`."""
-        if self.buffer_size is None:
-            return undecoded(self.train, self.image).select(range(min(n, len(self))))
-        return _here(self.train, n)
-
-    def fingerprint(self) -> str:
-        """Names the training rows by their number, columns and content (of rows spread evenly over them); of a stream,
-        the rows that were kept for validation stand for all.
-        """
-        rows = self.train if self.buffer_size is None else self.validation
-        n, digest = len(rows), hashlib.sha256()
-        for row in undecoded(rows, self.image).select(range(0, n, max(1, n // 64))):
-            digest.update(content(row, self.image, self.caption))
-        return f"{n if self.buffer_size is None else 'streamed'} rows {digest.hexdigest()[:12]}"
-
-
-def _here(rows: "datasets.IterableDataset", n: int) -> "datasets.Dataset":  # noqa: F821
-    import datasets
-
-    fail_at_once()
-    found = list(islice(patient(rows), n))
-    return datasets.Dataset.from_dict({key: [x[key] for x in found] for key in rows.features}, features=rows.features)
-
-
-def undecoded(rows: "datasets.Dataset", image: str) -> "datasets.Dataset":  # noqa: F821
-    """Returns rows whose pictures are {"bytes", "path"}: we decode, so that nothing is decoded before it is judged."""
-    import datasets
-
-    return rows.cast_column(image, datasets.Image(decode=False))
+from minidiff.data.source import Source
+from minidiff.errors import DataError
 
 
 def shapes(
@@ -158,7 +91,7 @@ def parquet(
             "MD-DATA-009", f"data.path={path} cannot be read as parquet, or has no rows: {reason}"
         ) from error
     columns = split_column, train_split, validation_split
-    return _split(f"parquet {path}", rows, image, caption, *columns, buffer_size=buffer_size if streaming else None)
+    return divide(f"parquet {path}", rows, image, caption, *columns, buffer_size=buffer_size if streaming else None)
 
 
 def folder(path: str, image: str = "image", caption: str = "caption") -> Source:
@@ -181,7 +114,7 @@ def folder(path: str, image: str = "image", caption: str = "caption") -> Source:
             "pictures and a metadata.jsonl whose lines are like "
             '{"file_name": "1.png", "caption": "a red star"}.',
         ) from error
-    return _split(f"folder {path}", rows, image, caption, None, "train", "test", remarks)
+    return divide(f"folder {path}", rows, image, caption, None, "train", "test", remarks)
 
 
 def _check_metadata(root: Path) -> tuple[str, ...]:
@@ -263,7 +196,7 @@ def hub(
     buffered = buffer_size if streaming else None
     if kind != "cache":
         commit = str(builder.base_path or "").rpartition("@")[2][:40] or revision
-        return _split(f"hub {path}@{commit}", rows, image, caption, None, "train", "test", buffer_size=buffered)
+        return divide(f"hub {path}@{commit}", rows, image, caption, None, "train", "test", buffer_size=buffered)
     commit = builder.hash  # of the copy that was fetched last, whatever revision was asked for
     pinned = re.fullmatch("[0-9a-f]{7,40}", revision or "")
     if pinned and not commit.startswith(revision):
@@ -274,137 +207,7 @@ def hub(
         )
     remark = f"the Hugging Face Hub cannot be reached: {path} is the local cache's copy of it, commit {commit}"
     remarks = () if pinned else (remark,)
-    return _split(f"hub {path}@{commit}", rows, image, caption, None, "train", "test", remarks, buffered)
-
-
-def _split(
-    name: str,
-    rows: "datasets.Dataset | datasets.IterableDataset",  # noqa: F821
-    image: str,
-    caption: str,
-    column: str | None,
-    train: str,
-    validation: str,  # noqa: F821
-    remarks: tuple[str, ...] = (),
-    buffer_size: int | None = None,
-) -> Source:
-    """Divides rows by a column, or sets one row in twenty (at most 512) aside for validation; checks the columns
-    first.
-    """
-    streaming = buffer_size is not None
-    for option, wanted in (("data.image", image), ("data.caption", caption), ("data.split_column", column)):
-        if wanted is not None and wanted not in (rows.column_names or []):
-            raise DataError("MD-DATA-004", _missing_column(name, option, wanted, rows.features or {}))
-    if not streaming and len(rows) == 0:
-        raise _no_rows(name)
-    try:
-        rows = undecoded(rows, image)
-    except (TypeError, ValueError) as error:  # pyarrow's errors are either
-        raise DataError(
-            "MD-DATA-013",
-            f"The column '{image}' (data.image) of {name} holds {rows.features[image]}, not pictures: "
-            f"{str(error).splitlines()[0]}",
-        ) from error
-    if streaming:
-        parts = _set_aside(name, rows, Keeps(image, caption, column, train), validation)
-        return Source(name, *parts, image, caption, remarks, buffer_size)
-    if column is None:
-        parts = {} if len(rows) < 2 else rows.train_test_split(min(512, max(1, len(rows) // 20)), seed=0)
-        return Source(name, parts.get("train", rows), parts.get("test", rows), image, caption, remarks)
-    labels = np.array(rows[column])
-    chosen = []
-    for option, wanted in (("data.train_split", train), ("data.validation_split", validation)):
-        at = np.flatnonzero(labels == wanted)
-        if len(at) == 0:
-            known = sorted(set(labels.tolist()))
-            raise DataError(
-                "MD-DATA-006",
-                f"No row of {name} has {column}='{wanted}' ({option}); the values there are "
-                f"{known}.{did_you_mean(wanted, known)}",
-            )
-        chosen.append(rows.select(at))
-    return Source(name, *chosen, image, caption, remarks)
-
-
-def _no_rows(name: str) -> DataError:
-    return DataError("MD-DATA-005", f"The data source {name} holds no rows. Check data.path and the split.")
-
-
-def _set_aside(
-    name: str,
-    rows: "datasets.IterableDataset",  # noqa: F821
-    keeps: Keeps,
-    validation: str,
-) -> tuple["datasets.IterableDataset", "datasets.Dataset"]:  # noqa: F821
-    """Divides a stream: the first HELD rows of the validation split; or, without a column, HELD rows drawn from the
-    first HEAD (one in twenty of a shorter stream), which are known by their content and left out of training.
-
-    Raises DataError (MD-DATA-005) if there are none, and (MD-DATA-023) if they cannot be read.
-    """
-    try:
-        if keeps.column is None:
-            held = _here(_files_shuffled(rows, seed=0), HEAD).shuffle(seed=0)
-            held = held.select(range(HELD if len(held) == HEAD else max(min(1, len(held)), len(held) // 20)))
-            keeps = replace(keeps, held=frozenset(map(keeps.digest, held)))
-        else:
-            held = _here(rows.filter(replace(keeps, wanted=validation)), HELD)
-    except (OSError, TypeError, ValueError, AttributeError) as error:  # damaged files, or a column of something else
-        raise DataError(
-            "MD-DATA-023",
-            f"The first rows of {name} cannot be read as a stream ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0]}). Check data.image, and that the files are whole.",
-        ) from error
-    if len(held) == 0:
-        raise _no_rows(name if keeps.column is None else f"{name}, {keeps.column}='{validation}',")
-    return rows.filter(keeps), held
-
-
-def part_of(source: Source, seed: int, rank: int, ranks: int) -> "datasets.IterableDataset":  # noqa: F821
-    """Returns the share of a stream's training rows that one process reads: its own files, if all processes can have as
-    many, or else every `ranks`-th row; files come in an order of their own in every pass. Workers of the process divide
-    its files further.
-    """
-    from datasets.distributed import split_dataset_by_node
-
-    return split_dataset_by_node(_files_shuffled(source.train, seed), rank, ranks)
-
-
-def fail_at_once() -> None:
-    """Leaves all waiting to `patient`: by itself, `datasets` tries 20 times in 100 s or more, without a word."""
-    from datasets import config
-
-    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
-    config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = 0
-    config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
-
-
-def _files_shuffled(rows: "datasets.IterableDataset", seed: int) -> "datasets.IterableDataset":  # noqa: F821
-    """Returns the files of a stream in another order, one after the other: `datasets` would mix up to ten, whose
-    threads take five seconds to end every pass.
-    """
-    return rows.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
-
-
-def _missing_column(name: str, option: str, wanted: str, features: dict) -> str:
-    import datasets
-
-    def fits(feature: object) -> bool:
-        return (
-            isinstance(feature, datasets.Image) if option == "data.image" else not isinstance(feature, datasets.Image)
-        )
-
-    columns = ", ".join(
-        f"{key} ({type(f).__name__ if not hasattr(f, 'dtype') else f.dtype})" for key, f in features.items()
-    )
-    guesses = [key for key, f in features.items() if fits(f)]
-    likely = did_you_mean(wanted, guesses)
-    if not likely and option == "data.caption":
-        likely = next(
-            (f" Did you mean '{key}'?" for key in guesses if key in ("caption", "captions", "text", "prompt")), ""
-        )
-    if not likely and option == "data.image" and guesses:
-        likely = f" Did you mean '{guesses[0]}'?"
-    return f"The data source {name} has no column '{wanted}' ({option}). Its columns are: {columns}.{likely}"
+    return divide(f"hub {path}@{commit}", rows, image, caption, None, "train", "test", remarks, buffered)
 
 
 @contextmanager

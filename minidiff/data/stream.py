@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from minidiff.data.captions import texts
 from minidiff.data.images import BadImage, load_image
+from minidiff.data.source import undecoded
 from minidiff.errors import DataError, InputError, MachineError, MinidiffError
 from minidiff.seeds import generator
 
@@ -90,8 +91,6 @@ class CaptionedImages(Dataset):
         shuffle: bool = True,  # False: in order, and always the first caption
         together: int = 1,  # rows in succession that shuffling keeps side by side
     ) -> None:
-        from minidiff.data.sources import undecoded
-
         self.rows = undecoded(rows, image).select_columns([image, caption])
         self.reader = RowReader(image, caption, image_size, tuple(background), seed)
         self.shuffle, self.together = shuffle, together

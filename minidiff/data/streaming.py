@@ -19,7 +19,7 @@ from minidiff.data.captions import admits
 from minidiff.data.held import content
 from minidiff.data.images import BadImage
 from minidiff.data.patience import patient
-from minidiff.data.sources import Source, fail_at_once, part_of
+from minidiff.data.source import Source, fail_at_once, part_of
 from minidiff.data.stream import IN_A_ROW, Batch, RowReader, Sample, collate, none_readable
 from minidiff.errors import DataError, MinidiffError
 from minidiff.seeds import generator

@@ -9,7 +9,7 @@ from minidiff.config import build
 from minidiff.data import Source
 from minidiff.data.captions import texts
 from minidiff.data.images import BadImage, read_image
-from minidiff.data.sources import undecoded
+from minidiff.data.source import undecoded
 from minidiff.doctor import Finding
 from minidiff.viz import grid
 
