@@ -192,7 +192,7 @@ class TextEncoder:
         missing = [caption for caption, row in rows.items() if row is None]
         for i in range(0, len(missing), BATCH):
             batch = missing[i : i + BATCH]
-            others = (caption for caption in self._expected if self._memory.get(caption) is None)
+            others = (x for x in self._expected if x not in rows and self._memory.get(x) is None)
             rows |= self._encode([*batch, *islice(others, BATCH - len(batch))])
         return [rows[caption] for caption in captions]
 
