@@ -11,7 +11,7 @@ scene fits the noisy picture,
 
 which `--draws` scenes estimate; where there is little noise they are too few, and the best is better still.
 
-Two runs of one recipe that differ by their seed are within 2 % of each other here, where their exactness after a short
+Two runs of one recipe that differ by their seed are within 3 % of each other here, where their exactness after a short
 training differs by a third: so this tells recipes apart in minutes.
 """
 
