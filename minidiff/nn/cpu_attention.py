@@ -24,16 +24,16 @@ LOG2E = math.log2(math.e)
 SMALL = 64.0  # scores from -64 to 64 have powers of two that float32 holds and can add up as they are
 
 
-def _attend(
+def _read(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h l d"],
     v: Float[Tensor, "b h l d"],
     mask: Bool[Tensor, "b 1 1 l"] | None,
-) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "bh 1 n"]]:
-    """Returns the output, and of every query log₂ Σ eˢ over its scores s (in float32; else that is not written)."""
+    totals: Float[Tensor, "bh 1 n"] | None,
+) -> Float[Tensor, "b h n d"]:
+    """Returns the output; writes into `totals`, of every query, log₂ Σ eˢ over its scores s (in float32 only)."""
     queries, keys, values = (_features_first(x) for x in (q, k, v))
-    hidden = _hidden(mask, k)
-    out, totals = torch.empty_like(queries), queries.new_empty(len(queries), 1, q.shape[2])
+    hidden, out = _hidden(mask, k), torch.empty_like(queries)
     small = q.dtype == torch.float32 and _largest(queries) * _largest(keys) * q.shape[-1] ** 0.5 * LOG2E < SMALL
     for rows, columns, weights in _blocks(queries, keys):
         _score(queries[rows, :, columns], keys[rows], hidden, rows, weights)
@@ -43,11 +43,22 @@ def _attend(
                 top = weights.amax(1, keepdim=True)
                 weights.sub_(top)
             total = weights.exp2_().sum(1, keepdim=True)
-            out[rows, :, columns] = torch.bmm(values[rows], weights).div_(total)
-            totals[rows, :, columns] = total.log2_().add_(top)
+            torch.div(torch.bmm(values[rows], weights), total, out=out[rows, :, columns])
+            if totals is not None:
+                totals[rows, :, columns] = total.log2_().add_(top)
         else:
             out[rows, :, columns] = torch.bmm(values[rows], torch.softmax(weights, dim=1, out=weights))
-    return _features_last(out, q), totals
+    return _features_last(out, q)
+
+
+def _attend(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h l d"],
+    v: Float[Tensor, "b h l d"],
+    mask: Bool[Tensor, "b 1 1 l"] | None,
+) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "bh 1 n"]]:
+    totals = q.new_empty(q.shape[0] * q.shape[1], 1, q.shape[2])
+    return _read(q, k, v, mask, totals), totals
 
 
 _forward = custom_op(
@@ -63,7 +74,8 @@ def cpu_attention(
 ) -> Float[Tensor, "b h n d"]:
     """Returns what every query reads from the values; a key whose mask is False is not seen."""
     traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return (_forward if traced else _attend)(q, k, v, mask)[0]  # an operator's call costs as much as a small product
+    # an operator's call costs as much as a small product
+    return _forward(q, k, v, mask)[0] if traced else _read(q, k, v, mask, totals=None)
 
 
 @custom_op(
