@@ -34,6 +34,7 @@ TINY = "minidiff-tiny"  # our own OpenCLIP configuration, data/clip_shapes/minid
 # Captions encoded at once, the last ones filled up with empty ones. Always as many, because the last bits of a matrix
 # product depend on its size, and a caption's embedding must not depend on what was encoded with it.
 BATCH = 16
+EXPECTED = 200_000  # captions that are kept to fill up batches; of more, they would take hundreds of megabytes
 
 
 def create_clip(model: str, pretrained: str | None = None) -> nn.Module:
@@ -178,7 +179,7 @@ class TextEncoder:
 
     def expect(self, captions: Iterable[str]) -> None:
         """Tells captions that will be asked for: they fill up batches, which are encoded whole in any case."""
-        self._expected = iter(captions)
+        self._expected = iter(list(islice(captions, EXPECTED)))
 
     def remember_in(self, folder: Path) -> Cache:
         """Keeps embeddings in a folder, for other runs and to save memory, and takes from it those that are there."""

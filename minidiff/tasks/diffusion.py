@@ -135,8 +135,8 @@ class TextToImage:
         return f"{' and '.join(made)} were computed for the cache{''.join(trouble)}" if made else ""
 
     def learn_words(self, captions: Iterable[str]) -> list[str]:
-        """Adds the words of training captions to those known, so that sampling can name those it has never seen;
-        returns what there is to say about the captions.
+        """Adds the words of training captions to those known, so that sampling can name those it has never seen, and
+        tells the text encoder what will come; returns what there is to say about the captions.
         """
         captions, tokenizer = list(captions), self.pipeline.text.tokenizer
         self.pipeline.text.expect(captions)
