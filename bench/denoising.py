@@ -3,9 +3,9 @@
     python bench/denoising.py run=data/shapes_run           the bundled run; 2 minutes
     python bench/denoising.py run=runs/a run=runs/b --scenes 64
 
-The scenes hold one thing each, and their captions tell all of it but its jitter: where exactly the centre lies in its
-cell, and how large it is within its size. Then the best x0_hat is the mean over the jitter, weighted by how well each
-scene fits the noisy picture,
+For runs on pixels (space=pixels). The scenes hold one thing each, and their captions tell all of it but its jitter:
+where exactly the centre lies in its cell, and how large it is within its size. Then the best x0_hat is the mean over
+the jitter, weighted by how well each scene fits the noisy picture,
 
     x0* = Σ_j w_j·x_j        w_j ∝ exp(-|xt - alpha·x_j|² / 2 sigma²)        x_j: the scene with jitter j, drawn anew
 
@@ -27,9 +27,8 @@ from torch import Tensor
 
 from minidiff.pipeline import Pipeline, load
 from minidiff.process import Process
-from minidiff.shapes import Claim, Description, Scene, Thing, caption, example, render
-from minidiff.shapes.sample import JITTER, STRETCH
-from minidiff.shapes.scene import OFFSET, RADIUS
+from minidiff.shapes import PLACES, Claim, Description, Scene, Thing, caption, example, render
+from minidiff.shapes.sample import throw
 
 RATIOS = (0.001, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 3.0, 6.0)  # alpha over sigma
 
@@ -44,14 +43,9 @@ def told(scene: Scene) -> str:
 
 def jittered(thing: Thing, rng: np.random.Generator) -> Thing:
     """Throws a thing into its cell again."""
-    cell = np.round(np.array([thing.x, thing.y]) / OFFSET[thing.size]) * OFFSET[thing.size]
-    dx, dy, stretch = rng.uniform(-1, 1, 3)
-    return replace(
-        thing,
-        x=float(cell[0] + JITTER * dx),
-        y=float(cell[1] + JITTER * dy),
-        r=float(RADIUS[thing.size] * (1 + STRETCH * stretch)),
-    )
+    row, column = divmod(PLACES.index(thing.place), 3)
+    x, y, r = throw(rng, thing.size, column - 1, row - 1)
+    return replace(thing, x=x, y=y, r=r)
 
 
 def pictures(scenes: Sequence[Scene], px: int) -> Float[Tensor, "n 3 px px"]:
@@ -61,6 +55,7 @@ def pictures(scenes: Sequence[Scene], px: int) -> Float[Tensor, "n 3 px px"]:
 
 
 def noise(like: Tensor) -> Tensor:
+    """Returns the noise that the best and every run get alike."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
 
 

@@ -31,8 +31,9 @@ from minidiff.resources import bundled
 from minidiff.state import fingerprint, load_model
 
 TINY = "minidiff-tiny"  # our own OpenCLIP configuration, data/clip_shapes/minidiff-tiny.json
-# Captions encoded at once, the last ones filled up with empty ones. Always as many, because the last bits of a matrix
-# product depend on its size, and a caption's embedding must not depend on what was encoded with it.
+# Captions encoded at once, the last ones filled up with expected and then with empty ones. Always as many, because the
+# last bits of a matrix product depend on its size, and a caption's embedding must not depend on what was encoded with
+# it.
 BATCH = 16
 EXPECTED = 200_000  # captions that are kept to fill up batches; of more, they would take hundreds of megabytes
 
@@ -139,7 +140,7 @@ class TextEncoder:
     `layer` counts from the end: −1 is the transformer's last layer, −2 the one before, as in Stable Diffusion 2.
     """
 
-    _expected: Iterator[str] = iter(())
+    _expected: Iterator[str] = iter(())  # none, until `expect` says which
 
     def __init__(
         self, model: str, *, pretrained: str | None = None, weights: str | Path | None = None, layer: int = -1

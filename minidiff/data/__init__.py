@@ -3,11 +3,12 @@
     shapes | parquet | folder | hub  ─►  Source(train, validation)  ─►  CaptionedImages  ─►  loader  ─►  Batch
     └────────── sources ──────────┘                                     └────────── stream ──────────┘
 
-Whatever the source, rows pass the same way: decode, composite transparency on a background, resize and crop to a
-square (`images`), pick one caption (`captions`). Which row and which caption the i-th sample of a run is depends on
-(seed, i) alone, so training resumes in the middle of an epoch, with any number of workers, and every image is used
-exactly once per epoch. With `streaming`, parquet files and hub data sets are read where they lie, by StreamedImages
-instead of CaptionedImages, and the order is only approximately known (`streaming`).
+A source is what `source` says, and `divide` sets its rows to validate on aside. From there on rows pass the same way:
+decode, composite transparency on a background, resize and crop to a square (`images`), pick one caption (`captions`).
+Which row and which caption the i-th sample of a run is depends on (seed, i) alone, so training resumes in the middle of
+an epoch, with any number of workers, and every image is used exactly once per epoch. With `streaming`, parquet files
+and hub data sets are read where they lie, by StreamedImages instead of CaptionedImages, and the order is only
+approximately known (`streaming`).
 """
 
 from minidiff.data.ahead import Ahead

@@ -19,7 +19,7 @@ def divide(
     caption: str,
     column: str | None,
     train: str,
-    validation: str,  # noqa: F821
+    validation: str,
     remarks: tuple[str, ...] = (),
     buffer_size: int | None = None,
 ) -> Source:

@@ -159,14 +159,19 @@ def _layout(rng: np.random.Generator, sizes: list[str] | tuple[str, ...]) -> lis
     while True:
         spots: list[tuple[float, float, float]] = []
         for size in sizes:
-            column, row = rng.integers(-1, 2, 2)
-            dx, dy, stretch = rng.uniform(-1, 1, 3)
-            x, y = OFFSET[size] * column + JITTER * dx, OFFSET[size] * row + JITTER * dy
-            spots.append((float(x), float(y), float(RADIUS[size] * (1 + STRETCH * stretch))))
+            column, row = rng.integers(-1, 2, 2).tolist()
+            spots.append(throw(rng, size, column, row))
             if any(math.dist(spots[-1][:2], s[:2]) < spots[-1][2] + s[2] + GAP for s in spots[:-1]):
                 break
         else:
             return spots
+
+
+def throw(rng: np.random.Generator, size: str, column: int, row: int) -> tuple[float, float, float]:
+    """Returns (x, y, r) of a thing thrown into a cell of the grid, whose columns and rows are −1, 0 and 1."""
+    dx, dy, stretch = rng.uniform(-1, 1, 3)
+    x, y = OFFSET[size] * column + JITTER * dx, OFFSET[size] * row + JITTER * dy
+    return float(x), float(y), float(RADIUS[size] * (1 + STRETCH * stretch))
 
 
 # ---------------------------------------------------------------------------------------------------- claims
