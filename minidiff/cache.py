@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff import checkpoint
+from minidiff.tensor_files import map_tensors, write_tensors
 
 BYTES = 64_000_000  # of new vectors that are written together; what is not yet written, a kill costs
 
@@ -90,7 +90,7 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             checks = {"table": str(_check(*table.values()))}
-            checkpoint.write_tensors(temporary, table | {"rows": torch.cat(list(rows.values()))}, checks)
+            write_tensors(temporary, table | {"rows": torch.cat(list(rows.values()))}, checks)
             os.replace(temporary, file)
         except OSError as error:
             self.trouble = f"{self.folder} cannot be written ({error})"
@@ -100,7 +100,7 @@ class Cache:
 
     def _map(self, file: Path) -> None:
         try:
-            mapped = checkpoint.map_tensors(file)
+            mapped = map_tensors(file)
             keys, ends, checks = (mapped.get_tensor(name) for name in ("keys", "ends", "checks"))
             if str(_check(keys, ends, checks)) != (mapped.metadata() or {}).get("table"):
                 return self._drop(file)

@@ -1,12 +1,11 @@
-"""Checkpoints that are whole or not there, and from which no code can run: the only door to safetensors.
+"""Checkpoints that are whole or not there.
 
     step_00001200/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json  MANIFEST.json
     LATEST          the name of the folder written last, for people and scripts
 
 A checkpoint is written beside its place (`.tmp-…`), every file is fsynced, `MANIFEST.json` states the size
 and sha256 of each, and one rename puts it in place. A process killed at any instant leaves the previous
-checkpoint, and rubbish that nobody looks at. A loader trusts only folders whose manifest verifies. Nothing is
-ever unpickled.
+checkpoint, and rubbish that nobody looks at. A loader trusts only folders whose manifest verifies.
 """
 
 import hashlib
@@ -19,16 +18,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from minidiff.errors import CheckpointError, MachineError, NumericsError
-from minidiff.state import plain_name
+from minidiff.errors import CheckpointError, MachineError
+from minidiff.tensor_files import PICKLES, fsync, read_tensors, refuse_pickle, write_tensors
 
 SCHEMA = 1  # of MANIFEST.json and the files it lists
 _MANIFEST = "MANIFEST.json"
 _STATE = "state.json"
-_PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def save(
         _put_in_place(temporary, place)
         _write(folder / ".tmp-LATEST", place.name + "\n")
         os.replace(folder / ".tmp-LATEST", folder / "LATEST")
-        _fsync(folder)
+        fsync(folder)
     except OSError as error:
         raise MachineError(
             "MD-CKPT-009",
@@ -119,42 +116,14 @@ def remove_leftovers(folder: str | Path) -> None:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_tensors(file: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes one safetensors file and fsyncs it; `metadata` goes into its header.
-
-    Raises `NumericsError` if a tensor is not finite.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    file = Path(file)
-    # contiguous copies: tied weights cannot share memory in a file, and nothing may change while we write
-    tensors = {
-        plain_name(name): x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, x in tensors.items()
-    }
-    if broken := _not_finite(tensors):
-        raise NumericsError(
-            "MD-CKPT-010",
-            f"Refused to write {file.name}: {broken} holds NaN or infinite values. The earlier checkpoints "
-            f"are still good; resume from the last one with a lower optim.lr or with precision=fp32.",
-        )
-    try:
-        save_file(tensors, file, None if metadata is None else dict(metadata))
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors writes 0600, which a group's other members cannot read
-    _fsync(file)
-
-
 def _put_in_place(temporary: Path, place: Path) -> None:
     """Renames a finished folder to its name. One that was there stays loadable as `.old` until then."""
-    _fsync(temporary)
+    fsync(temporary)
     old = place.with_suffix(".old")
     if place.exists():  # no `.old` beside it: remove_leftovers took that
         os.rename(place, old)
     os.rename(temporary, place)
-    _fsync(place.parent)
+    fsync(place.parent)
     if old.exists():
         shutil.rmtree(old, ignore_errors=True)
 
@@ -171,16 +140,6 @@ def _write(file: Path, text: str) -> None:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle to a folder
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load(checkpoint: str | Path, parts: Sequence[str]) -> Checkpoint:
@@ -239,62 +198,15 @@ def verify(checkpoint: str | Path, files: Sequence[str] | None = None, *, check_
     return manifest["step"]
 
 
-def read_tensors(file: str | Path) -> dict[str, Tensor]:
-    """Reads one safetensors file to the CPU, names without wrapper prefixes.
-
-    Raises `CheckpointError` for a missing or damaged file, a pickle, or a tensor that is not finite.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = Path(file)
-    try:
-        tensors = {plain_name(name): x for name, x in load_file(file).items()}
-    except FileNotFoundError as error:
-        raise _not_found(file) from error
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        if _is_pickle(file):
-            raise _pickle_refused(file) from error
-        raise CheckpointError(
-            "MD-CKPT-004",
-            f"{file} is damaged or not a safetensors file ({error}). Copy or download it again.",
-        ) from error
-    if broken := _not_finite(tensors):
-        raise CheckpointError(
-            "MD-CKPT-007",
-            f"The tensor {broken} in {file} holds NaN or infinite values, so the model would only make noise "
-            f"or black images. Use an earlier checkpoint.",
-        )
-    return tensors
-
-
-def map_tensors(file: str | Path) -> "safetensors.safe_open":  # noqa: F821
-    """Opens a safetensors file to read parts of it where they lie; raises `CheckpointError` for a damaged one."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, "pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError("MD-CKPT-004", f"{file} is damaged or not a safetensors file ({error}).") from error
-
-
-def read_metadata(file: str | Path) -> dict[str, str]:
-    """Returns the plain texts in the header of a safetensors file that `read_tensors` has accepted."""
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as f:
-        return f.metadata() or {}
-
-
 def _read_manifest(checkpoint: Path) -> dict:
     file = checkpoint / _MANIFEST
-    if checkpoint.is_file() and _is_pickle(checkpoint):
-        raise _pickle_refused(checkpoint)
+    if checkpoint.is_file():
+        refuse_pickle(checkpoint)
     if not checkpoint.is_dir():
         raise _not_found(checkpoint)
     if not file.is_file():
-        if pickles := sorted(x for x in checkpoint.iterdir() if x.suffix in _PICKLES):
-            raise _pickle_refused(pickles[0])
+        for pickle in sorted(x for x in checkpoint.iterdir() if x.is_file() and x.suffix in PICKLES):
+            refuse_pickle(pickle)
         raise CheckpointError(
             "MD-CKPT-002",
             f"{checkpoint} has no {_MANIFEST}, so it is not a finished checkpoint of minidiff. Name a folder "
@@ -340,23 +252,6 @@ def _candidates(folder: Path) -> list[Path]:
     """Returns the checkpoint folders, newest (by number, not by name) first."""
     found = [(re.fullmatch(r"step_(\d+)(\.old)?", x.name), x) for x in folder.glob("step_*") if x.is_dir()]
     return [x for _, x in sorted(((int(m[1]), not m[2]), x) for m, x in found if m)][::-1]
-
-
-def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    return next((name for name, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()), None)
-
-
-def _is_pickle(file: Path) -> bool:
-    with open(file, "rb") as f:
-        return file.suffix in _PICKLES or f.read(4).startswith((b"\x80", b"PK\x03\x04"))
-
-
-def _pickle_refused(file: Path) -> CheckpointError:
-    return CheckpointError(
-        "MD-CKPT-003",
-        f"{file} is a pickle, and loading a pickle can run any code hidden in it. minidiff reads only "
-        f"safetensors. Ask its author for a .safetensors file, or convert it on a machine with nothing to lose.",
-    )
 
 
 def _not_found(path: Path) -> CheckpointError:

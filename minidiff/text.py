@@ -23,12 +23,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minidiff import checkpoint
 from minidiff.cache import Cache, content_key
 from minidiff.cond import Cond
 from minidiff.errors import InputError, MachineError
 from minidiff.resources import bundled
 from minidiff.state import fingerprint, load_model
+from minidiff.tensor_files import read_tensors
 
 TINY = "minidiff-tiny"  # our own OpenCLIP configuration, data/clip_shapes/minidiff-tiny.json
 # Captions encoded at once, the last ones filled up with expected and then with empty ones. Always as many, because the
@@ -147,7 +147,7 @@ class TextEncoder:
     ) -> None:
         clip = create_clip(model, pretrained)
         if weights is not None:
-            load_model(clip, checkpoint.read_tensors(weights))
+            load_model(clip, read_tensors(weights))
         del clip.visual  # captions only; the picture tower may be most of the model
         self.recipe = {"model": model, "pretrained": pretrained, "weights": weights and str(weights), "layer": layer}
         self.tokenizer = Tokenizer(model)

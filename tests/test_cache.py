@@ -65,7 +65,7 @@ def test_a_disk_that_refuses_is_said_and_costs_only_the_keeping(tmp_path, monkey
         raise OSError("No space left on device")
 
     cache = filled(tmp_path)
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr("minidiff.cache.write_tensors", full)
     cache[key(8)] = torch.ones(3)
     cache.flush()
     assert "No space left" in cache.trouble and cache.get(key(8)) is None and cache.get(key(4)) is not None

@@ -362,7 +362,7 @@ def damage_text(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage, code",
-    [(damage_pickle, "MD-INTEROP-002"), (damage_cut, "MD-CKPT-004"), (damage_text, "MD-INTEROP-401")],
+    [(damage_pickle, "MD-INTEROP-002"), (damage_cut, "MD-CKPT-014"), (damage_text, "MD-INTEROP-401")],
 )
 def test_damaged_weights_and_pickles_are_refused(copy, damage, code):
     folder = copy("sd1")

@@ -299,11 +299,11 @@ def test_bad_folders_are_refused_by_name(good, tmp_path):
         load_unet(folder)
     folder = changed(good, tmp_path / "truncated")
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=f"MD-CKPT-004.*{WEIGHTS}"):
+    with pytest.raises(CheckpointError, match=f"MD-CKPT-014.*{WEIGHTS}"):
         load_unet(folder)
     folder = changed(good, tmp_path / "header")
     (folder / WEIGHTS).write_bytes(b"\xff" * 8 + (folder / WEIGHTS).read_bytes()[8:])
-    with pytest.raises(CheckpointError, match=f"MD-CKPT-004.*{WEIGHTS}"):
+    with pytest.raises(CheckpointError, match=f"MD-CKPT-014.*{WEIGHTS}"):
         load_unet(folder)
     folder = changed(good, tmp_path / "unreadable")
     (folder / WEIGHTS).unlink()

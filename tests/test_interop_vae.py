@@ -217,7 +217,7 @@ def test_bad_folders_are_refused_by_name(good, tmp_path):
         load_vae(folder)
     folder = shutil.copytree(good, tmp_path / "truncated")
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=f"MD-CKPT-004.*{WEIGHTS}"):
+    with pytest.raises(CheckpointError, match=f"MD-CKPT-014.*{WEIGHTS}"):
         load_vae(folder)
     folder = shutil.copytree(good, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())

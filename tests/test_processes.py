@@ -15,6 +15,7 @@ from conftest import ROOT, TINY_RUN, train
 
 from minidiff import checkpoint
 from minidiff.cond import Cond
+from minidiff.tensor_files import read_tensors, write_tensors
 
 pytestmark = pytest.mark.slow
 OPTIONS = [
@@ -112,7 +113,7 @@ def learn_null(rank: int, folder: str) -> None:
     for _ in range(2):
         model.zero_grad()
         model(torch.full((3, 4), 2.0), torch.full((3,), rank == 0)).square().mean().backward()
-    checkpoint.write_tensors(f"{folder}/{rank}.safetensors", {n: p.grad for n, p in model.module.named_parameters()})
+    write_tensors(f"{folder}/{rank}.safetensors", {n: p.grad for n, p in model.module.named_parameters()})
     torch.distributed.destroy_process_group()
 
 
@@ -122,7 +123,7 @@ def test_F8_processes_that_drop_other_captions_do_not_wait_for_one_another(tmp_p
     one = LearnedNull()
     one(torch.full((6, 4), 2.0), torch.tensor([True] * 3 + [False] * 3)).square().mean().backward()
     for rank in (0, 1):
-        grads = checkpoint.read_tensors(tmp_path / f"{rank}.safetensors")
+        grads = read_tensors(tmp_path / f"{rank}.safetensors")
         for name, p in one.named_parameters():
             torch.testing.assert_close(grads[name], p.grad)
     assert one.null.grad.abs().min() > 0

@@ -21,7 +21,7 @@ DOORS = {
     "hydra": {"config/command"},
     "omegaconf": {"config/command"},
     "matplotlib": {"viz"},
-    "safetensors": {"checkpoint"},
+    "safetensors": {"tensor_files"},
     "accelerate": {"machine"},
 }
 

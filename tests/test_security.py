@@ -72,7 +72,7 @@ def test_T3_flags_that_load_foreign_configurations_are_not_offered(flag, monkeyp
         {"_target_": "os.system", "command": "touch MARKER"},
         {"_target_": "minidiff.log._append", "file": "MARKER", "text": "x"},
         {"_target_": "minidiff.config.write_yaml", "values": {}, "file": "MARKER"},
-        {"_target_": "minidiff.checkpoint.write_tensors", "file": "MARKER", "tensors": {}},
+        {"_target_": "minidiff.tensor_files.write_tensors", "file": "MARKER", "tensors": {}},
         {"_target_": "minidiff.interop.save_unet", "net": {}, "folder": "MARKER"},
         {"_target_": "minidiff.text.TextEncoder", "model": "minidiff-tiny", "pretrained": "PICKLE"},
         {"_target_": "minidiff.text.tiny", "weights": "PICKLE"},
@@ -82,7 +82,7 @@ def test_T3_flags_that_load_foreign_configurations_are_not_offered(flag, monkeyp
 def test_R8_E12_T3_a_recipe_in_a_checkpoint_runs_nothing_and_writes_nothing(evil, tiny_run, tmp_path):
     import pickle
 
-    from test_checkpoint import Bomb
+    from test_tensor_files import Bomb
 
     marker, weights = tmp_path / "marker", tmp_path / "weights.pt"
     with pytest.MonkeyPatch.context() as patch:

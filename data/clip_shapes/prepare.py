@@ -9,10 +9,11 @@ from pathlib import Path
 
 from minidiff import checkpoint
 from minidiff.pipeline import find_checkpoint
+from minidiff.tensor_files import write_tensors
 
 if __name__ == "__main__":
     newest = find_checkpoint(sys.argv[1])
     weights = checkpoint.load(newest, ["ema"]).tensors["ema"]
     out = Path(__file__).parent / "model.safetensors"
-    checkpoint.write_tensors(out, {name: x.half() for name, x in weights.items()})
+    write_tensors(out, {name: x.half() for name, x in weights.items()})
     print(f"{newest} → {out} ({out.stat().st_size / 1e6:.1f} MB)")

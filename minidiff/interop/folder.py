@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minidiff.checkpoint import read_metadata, read_tensors, write_tensors
 from minidiff.errors import CheckpointError, InputError, MachineError
 from minidiff.state import plain_name
+from minidiff.tensor_files import read_metadata, read_tensors, write_tensors
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]  # regular expression, replacement; applied in order
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from minidiff.checkpoint import read_metadata
 from minidiff.errors import CheckpointError, InputError
 from minidiff.interop.folder import damaged, read_file, translate, write
 from minidiff.interop.unet import RULES
 from minidiff.nn.lora import LoRA, LowRank
 from minidiff.nn.unet import UNet
+from minidiff.tensor_files import read_metadata
 
 FILE = "pytorch_lora_weights.safetensors"
 SPELLINGS = (

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minidiff import checkpoint
 from minidiff.errors import InputError
+from minidiff.tensor_files import read_tensors, write_tensors
 from minidiff.text import Tower, TowerShape, TowerTokenizer
 
 ENCODER, TOKENIZER, WEIGHTS = "text_encoder", "tokenizer", "model.safetensors"
@@ -71,7 +71,7 @@ def load_text(folder: str | Path, *, pooled: bool = True) -> Tower:
             f"{file} does not exist, so the text encoder has no weights. minidiff reads only safetensors: a .bin "
             "beside it is a pickle and can run any code. Take the folder's safetensors variant, and download it whole.",
         )
-    tower.load_weights(_ours(file, checkpoint.read_tensors(file), tower.weights, shape))
+    tower.load_weights(_ours(file, read_tensors(file), tower.weights, shape))
     return tower
 
 
@@ -106,7 +106,7 @@ def save_text(tower: Tower, folder: str | Path) -> None:
     _write(folder / TOKENIZER / "special_tokens_map.json", special)
     merges = "".join(f"{first} {second}\n" for first, second in tower.tokenizer.merges)
     (folder / TOKENIZER / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8", newline="\n")
-    checkpoint.write_tensors(folder / ENCODER / WEIGHTS, _theirs(tower.weights, shape))
+    write_tensors(folder / ENCODER / WEIGHTS, _theirs(tower.weights, shape))
 
 
 # ------------------------------------------------------------------------------------------------- weights
