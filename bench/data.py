@@ -32,13 +32,13 @@ def pictures(file: Path, size: int) -> Iterator:
 
 def consumer(file: Path, *choices: str) -> tuple[Callable[[], object], object]:
     """Returns the training step on one batch over and over, and the text encoder."""
-    import train
     from minidiff.config import compose
+    from minidiff.run import Run
 
     Path("runs/shapes").mkdir(parents=True, exist_ok=True)
     choices = ["data=parquet", f"data.path={file}", f"batch_size={BATCH}", "steps=1000000", "resume=none", *choices]
     choices += [f"every.{name}=1000000" for name in ("log", "preview", "validate", "save")]
-    run = train.Run(compose("train", choices))
+    run = Run(compose("train", choices))
     run.batches = itertools.repeat(next(run.batches))
     steps = run.updates()
     return lambda: run.take(next(steps)), run.task.pipeline.text

@@ -100,9 +100,9 @@ def recipe(folder: str, data: str, batch: str, updates: str) -> Callable[[], Non
 def ours(folder: str, data: str, batch: str, updates: str, place: str, *choices: str) -> Callable[[], None]:
     """What `python train.py` does between two previews."""
     os.chdir(place)
-    import train
     from minidiff.config import compose
     from minidiff.interop import load_unet
+    from minidiff.run import Run
 
     net = load_unet(Path(folder) / "unet")  # of which ours is to be another one
     levels, vae = [len(level.blocks) for level in net.down], f"{folder}/vae"
@@ -122,7 +122,7 @@ def ours(folder: str, data: str, batch: str, updates: str, place: str, *choices:
         ],
     )
     Path("runs/shapes").mkdir(parents=True)
-    run = train.Run(values)
+    run = Run(values)
     assert sum(p.numel() for p in run.model.parameters()) == sum(p.numel() for p in net.parameters())
     steps = run.updates()
 
@@ -165,15 +165,15 @@ def lucidrains(folder: str, data: str, batch: str, updates: str) -> Callable[[],
 def pixels(folder: str, data: str, batch: str, updates: str, place: str) -> Callable[[], None]:
     """Ours beside that Trainer: the same sizes, on pixels, with captions."""
     os.chdir(place)
-    import train
     from minidiff.config import compose
+    from minidiff.run import Run
 
     choices = ["net=small", "net.channels=[32,64,128]", "net.layers=2", "net.attend=[true,true,true]", "net.heads=4"]
     choices += ["net.groups=8", "image_size=32", "optim=adamw", "data=parquet", f"data.path={data}", "resume=none"]
     choices += [f"batch_size={batch}", "steps=1000000"]
     choices += [f"every.{name}=1000000" for name in ("log", "preview", "validate", "save")]
     Path("runs/shapes").mkdir(parents=True)
-    run = train.Run(compose("train", choices))
+    run = Run(compose("train", choices))
     steps = run.updates()
 
     def some() -> None:

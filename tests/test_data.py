@@ -348,7 +348,7 @@ def test_D2_a_worker_that_dies_while_it_sends_is_said_in_words(error, monkeypatc
         yield data.collate([stream()[0]])
         raise error
 
-    monkeypatch.setattr(data.stream, "DataLoader", broken)
+    monkeypatch.setattr(data.batches, "DataLoader", broken)
     with pytest.raises(MachineError, match="MD-DATA-012.*DataLoader worker.*workers=0"), data.dead_workers():
         take(data.loader(stream(), 1, workers=1), 2)
 
@@ -357,7 +357,7 @@ def test_D3_what_a_worker_gets_can_be_sent_to_a_fresh_process():
     """macOS, Windows and Python 3.14 start workers anew: everything travels by pickle, and lambdas cannot."""
     from multiprocessing.reduction import ForkingPickler
 
-    from minidiff.data.stream import _as_it_is, _Reader, _start_worker
+    from minidiff.data.batches import _as_it_is, _Reader, _start_worker
 
     reader, *functions = ForkingPickler.loads(ForkingPickler.dumps([_Reader(stream()), _as_it_is, _start_worker]))
     assert reader[[3, 4]].rows == [stream()[3].row, stream()[4].row] and len(functions) == 2

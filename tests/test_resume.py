@@ -294,9 +294,9 @@ def test_E14_bf16_weights_sample_on_a_cpu(trained, tmp_path):
 @pytest.fixture
 def scaled(monkeypatch):
     """Has accelerate train as in fp16 on a GPU, with a scaler that changes its scale every few updates."""
-    from minidiff import machine
+    from minidiff import run
 
-    original = machine.open_accelerator
+    original = run.open_accelerator
 
     def opened(*arguments):
         accelerator, name = original(*arguments)
@@ -306,7 +306,7 @@ def scaled(monkeypatch):
         accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
         return accelerator, name
 
-    monkeypatch.setattr(machine, "open_accelerator", opened)
+    monkeypatch.setattr(run, "open_accelerator", opened)
 
 
 def test_F4_with_a_scaler_a_run_that_was_stopped_goes_on_exactly(scaled, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Captioned images → batches; the only door to Hugging Face `datasets`.
 
     shapes | parquet | folder | hub  ─►  Source(train, validation)  ─►  CaptionedImages  ─►  loader  ─►  Batch
-    └────────── sources ──────────┘                                     └────────── stream ──────────┘
+    └────────── sources ──────────┘                                     └─ samples ────┘    └─ batches ────┘
 
 A source is what `source` says, and `divide` sets its rows to validate on aside. From there on rows pass the same way:
 decode, composite transparency on a background, resize and crop to a square (`images`), pick one caption (`captions`).
@@ -12,23 +12,13 @@ approximately known (`streaming`).
 """
 
 from minidiff.data.ahead import Ahead
+from minidiff.data.bad_rows import BadRows
+from minidiff.data.batches import Batch, auto_workers, collate, dead_workers, first_batches, loader, read_batches, share
 from minidiff.data.captions import treat_empty_captions
 from minidiff.data.images import load_image
+from minidiff.data.samples import CaptionedImages, RowReader
 from minidiff.data.source import Source
 from minidiff.data.sources import folder, hub, parquet, shapes
-from minidiff.data.stream import (
-    BadRows,
-    Batch,
-    CaptionedImages,
-    RowReader,
-    auto_workers,
-    collate,
-    dead_workers,
-    first_batches,
-    loader,
-    read_batches,
-    share,
-)
 from minidiff.data.streaming import StreamedImages, resume_at, stream_readers
 
 __all__ = ["Ahead", "BadRows", "Batch", "CaptionedImages", "RowReader", "Source", "StreamedImages", "auto_workers"]

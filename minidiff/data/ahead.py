@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from minidiff.data.stream import Batch
+from minidiff.data.batches import Batch
 from minidiff.errors import MinidiffError
 
 

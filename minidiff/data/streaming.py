@@ -1,4 +1,4 @@
-"""Rows that come one after the other, from files that are never here as a whole → batches, as `stream` makes them.
+"""Rows that come one after the other, from files that are never here as a whole → batches, as `batches` makes them.
 
     rows ─► this process' share ─► this worker's share ─► shuffle buffer ─► Sample ─► Batch
 
@@ -15,18 +15,19 @@ from itertools import count
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from minidiff.data.batches import Batch, collate
 from minidiff.data.captions import admits
 from minidiff.data.held import content
 from minidiff.data.images import BadImage
 from minidiff.data.patience import patient
+from minidiff.data.samples import IN_A_ROW, RowReader, Sample, none_readable
 from minidiff.data.source import Source, fail_at_once, part_of
-from minidiff.data.stream import IN_A_ROW, Batch, RowReader, Sample, collate, none_readable
 from minidiff.errors import DataError, MinidiffError
 from minidiff.seeds import generator
 
 
 class StreamedImages(IterableDataset):
-    """The batches of one process (or of one of its workers), for ever; an error comes as a value, as in `stream`.
+    """The batches of one process (or of one of its workers), for ever; an error comes as a value, as in `batches`.
 
     `positions` is where each worker goes on: {"epoch": pass, "examples_iterable": place in it}, or the pass alone.
     """
