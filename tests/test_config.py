@@ -32,7 +32,7 @@ def test_build_makes_objects_functions_and_plain_values():
         "minidiff.checkpoint.prune",
         "minidiff.config.write_yaml",
         "minidiff.data.sources._check_metadata",
-        "minidiff.text._open_clip",
+        "minidiff.text.clip.open_clip_quietly",
         "minidiff.pipeline.checkpoint.prune",
     ],
 )

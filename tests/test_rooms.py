@@ -15,7 +15,7 @@ ROOMS = sorted((ROOT / "minidiff").rglob("*.py"))
 SCRIPTS = [*ROOMS, ROOT / "train.py", ROOT / "sample.py"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOORS = {
-    "open_clip": {"text"},
+    "open_clip": {"text/clip", "text/tower"},
     "datasets": {"data/source", "data/sources", "data/divide"},
     "wandb": {"log"},
     "hydra": {"config/command"},

@@ -1,0 +1,80 @@
+"""OpenCLIP's models and tokenizers, our own tiny one among them."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from minidiff.errors import InputError, MachineError
+from minidiff.resources import bundled
+
+TINY = "minidiff-tiny"  # our own OpenCLIP configuration, data/clip_shapes/minidiff-tiny.json
+
+
+def create_clip(model: str, pretrained: str | None = None) -> nn.Module:
+    """Returns an OpenCLIP model: with random weights, or with weights that OpenCLIP fetches by the tag `pretrained`.
+
+    Raises MachineError (MD-TEXT-001) if they cannot be fetched and InputError (MD-TEXT-002) for an unknown model.
+    """
+    with open_clip_quietly() as open_clip:
+        if model not in open_clip.list_models():
+            raise InputError(
+                "MD-TEXT-002", f"OpenCLIP has no model '{model}'. Known models: {open_clip.list_models()}."
+            )
+        # a path would be taken as well, and a recipe that came with a checkpoint could name somebody's pickle
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        if pretrained is not None and pretrained not in tags:
+            raise InputError(
+                "MD-TEXT-003",
+                f"OpenCLIP has no weights '{pretrained}' for {model}; it has {', '.join(tags) or 'none'}. Your own "
+                "weights go by text.weights=FILE.safetensors.",
+            )
+        try:
+            return open_clip.create_model(model, pretrained=pretrained).eval()
+        except (OSError, RuntimeError) as error:
+            repo, _, file = open_clip.get_pretrained_cfg(model, pretrained or "").get("hf_hub", "").rpartition("/")
+            raise MachineError(
+                "MD-TEXT-001",
+                f"The pretrained weights '{pretrained}' of OpenCLIP's {model} are neither in the local cache nor "
+                f"could they be downloaded ({type(error).__name__}). Fetch them once where there is internet, by "
+                f"`hf download {repo} {file or 'open_clip_model.safetensors'}`, and copy ~/.cache/huggingface/hub "
+                "(its place is $HF_HUB_CACHE) here; or use text=tiny, which comes with minidiff.",
+            ) from error
+
+
+@contextmanager
+def open_clip_quietly():
+    """Imports open_clip, knowing our own configuration, and keeps its remarks and retries off the screen."""
+    import logging
+
+    import open_clip
+
+    open_clip.add_model_config(bundled("clip_shapes") / f"{TINY}.json")
+    logging.disable(logging.CRITICAL)  # what matters of it is said in our own errors
+    try:
+        yield open_clip
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+class Tokenizer:
+    """OpenCLIP's byte-pair encoding: caption → start, word pieces, end, padding."""
+
+    def __init__(self, model: str) -> None:
+        with open_clip_quietly() as open_clip:
+            self._bpe = open_clip.get_tokenizer(model)
+        self.length = self._bpe.context_length
+
+    def __call__(self, captions: Sequence[str]) -> Int[Tensor, "b l"]:
+        """Returns ids padded with 0 to the context length; longer captions lose their tail but keep the end token."""
+        return self._bpe(list(captions))
+
+    def lengths(self, ids: Int[Tensor, "b l"]) -> Int[Tensor, " b"]:
+        """Returns the number of tokens up to and with the end token, which has the largest id."""
+        return ids.argmax(dim=1) + 1
+
+    def lost(self, caption: str) -> str:
+        """Returns the end of the caption that does not fit into the context ("" if all of it does)."""
+        pieces = self._bpe.encode(caption)
+        return self._bpe.decode(pieces[self.length - 2 :]).strip()

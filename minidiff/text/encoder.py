@@ -1,0 +1,138 @@
+"""A frozen text encoder that remembers: each distinct caption is encoded once."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minidiff.cache import Cache, content_key
+from minidiff.cond import Cond
+from minidiff.resources import bundled
+from minidiff.state import fingerprint, load_model
+from minidiff.tensor_files import read_tensors
+from minidiff.text.clip import TINY, Tokenizer, create_clip
+
+# Captions encoded at once, the last ones filled up with expected and then with empty ones. Always as many, because the
+# last bits of a matrix product depend on its size, and a caption's embedding must not depend on what was encoded with
+# it.
+BATCH = 16
+EXPECTED = 200_000  # captions that are kept to fill up batches; of more, they would take hundreds of megabytes
+
+
+class TextEncoder:
+    """A frozen OpenCLIP text encoder with a memory: each distinct caption is encoded once.
+
+    `layer` counts from the end: −1 is the transformer's last layer, −2 the one before, as in Stable Diffusion 2.
+    """
+
+    _expected: Iterator[str] = iter(())  # none, until `expect` says which
+
+    def __init__(
+        self, model: str, *, pretrained: str | None = None, weights: str | Path | None = None, layer: int = -1
+    ) -> None:
+        clip = create_clip(model, pretrained)
+        if weights is not None:
+            load_model(clip, read_tensors(weights))
+        del clip.visual  # captions only; the picture tower may be most of the model
+        self.recipe = {"model": model, "pretrained": pretrained, "weights": weights and str(weights), "layer": layer}
+        self.tokenizer = Tokenizer(model)
+        self._clip, self._layer = clip.float().requires_grad_(False), layer
+        self._memory: dict[str, tuple[Tensor, Tensor]] | Embeddings = {}
+        self.device = torch.device("cpu")
+        self.identity = f"{model}/{layer}/{fingerprint(clip.state_dict())}"  # by what it computes
+        null = self([""])
+        self.token_dim, self.vector_dim = null.tokens.shape[2], null.vector.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the transformer has."""
+        return sum(p.numel() for p in self._clip.parameters())
+
+    def to(self, device: torch.device | str) -> "TextEncoder":
+        """Moves the transformer; the memory stays on the CPU."""
+        self.device = torch.device(device)
+        self._clip.to(device)
+        return self
+
+    def __call__(self, captions: Sequence[str]) -> Cond:
+        """Returns tokens (b, l, d), their mask and vectors (b, e): float32, on the CPU, l the encoder's context."""
+        rows = self._rows(captions)
+        tokens = rows[0][0].new_zeros(len(rows), self.tokenizer.length, rows[0][0].shape[1])
+        mask = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+        for i, (row, _) in enumerate(rows):
+            tokens[i, : len(row)], mask[i, : len(row)] = row, True
+        return Cond(tokens=tokens, mask=mask, vector=torch.stack([vector for _, vector in rows]))
+
+    def expect(self, captions: Iterable[str]) -> None:
+        """Tells captions that will be asked for: they fill up batches, which are encoded whole in any case."""
+        self._expected = iter(list(islice(captions, EXPECTED)))
+
+    def remember_in(self, folder: Path) -> Cache:
+        """Keeps embeddings in a folder, for other runs and to save memory, and takes from it those that are there."""
+        cache = Cache(folder / self.identity.replace("/", "_"))
+        self._memory = Embeddings(cache, self.tokenizer, self.token_dim)
+        return cache
+
+    def _rows(self, captions: Sequence[str]) -> list[tuple[Float[Tensor, "l d"], Float[Tensor, " e"]]]:
+        """Returns tokens and vector of each caption, having encoded those that are not remembered."""
+        rows = {caption: self._memory.get(caption) for caption in captions}
+        missing = [caption for caption, row in rows.items() if row is None]
+        for i in range(0, len(missing), BATCH):
+            batch = missing[i : i + BATCH]
+            others = (x for x in self._expected if x not in rows and self._memory.get(x) is None)
+            rows |= self._encode([*batch, *islice(others, BATCH - len(batch))])
+        return [rows[caption] for caption in captions]
+
+    @torch.no_grad()
+    def _encode(self, captions: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        ids = self.tokenizer([*captions, *[""] * (BATCH - len(captions))])
+        # in full precision also under a training's autocast: what is remembered must not depend on who asked first
+        with torch.autocast(self.device.type, enabled=False):
+            out = self._clip.forward_intermediates(
+                text=ids.to(self.device),
+                text_indices=[self._clip.transformer.layers + self._layer],
+                normalize_intermediates=True,
+            )
+        tokens, vectors = out["text_intermediates"][0].float().cpu(), out["text_features"].float().cpu()
+        vectors = vectors * vectors.shape[1] ** 0.5  # unit length → unit variance, as every other network input
+        rows = {}
+        for i, (caption, length) in enumerate(zip(captions, self.tokenizer.lengths(ids).tolist(), strict=False)):
+            rows[caption] = self._memory[caption] = (tokens[i, :length].clone(), vectors[i])
+        return rows
+
+
+def tiny(weights: str | Path | None = None, layer: int = -1) -> TextEncoder:
+    """Returns the bundled encoder of the shapes world, or one trained by `python train.py experiment=clip_shapes`."""
+    weights = weights or bundled("clip_shapes") / "model.safetensors"
+    return TextEncoder(TINY, weights=weights, layer=layer)
+
+
+class Embeddings:
+    """A memory of embeddings on the disk: a caption is known by its token ids, which are all that an encoder sees."""
+
+    def __init__(self, cache: Cache, tokenizer: Callable[[Sequence[str]], Tensor], token_dim: int) -> None:
+        self.cache, self._tokenizer, self._width = cache, tokenizer, token_dim
+        self._keys: dict[str, bytes] = {}
+
+    def get(self, caption: str) -> tuple[Float[Tensor, "l d"], Float[Tensor, " e"]] | None:
+        row = self.cache.get(self._key(caption))
+        if row is None:
+            return None
+        length = int(row[0])
+        tokens, vector = row[1:].split([length * self._width, len(row) - 1 - length * self._width])
+        return tokens.reshape(length, self._width), vector
+
+    def __setitem__(self, caption: str, row: tuple[Float[Tensor, "l d"], Float[Tensor, " e"]]) -> None:
+        tokens, vector = row
+        self.cache[self._key(caption)] = torch.cat([torch.tensor([float(len(tokens))]), tokens.flatten(), vector])
+
+    def clear(self) -> None:
+        raise RuntimeError("an encoder that keeps its embeddings on the disk cannot change its weights")
+
+    def _key(self, caption: str) -> bytes:
+        if caption not in self._keys:
+            self._keys[caption] = content_key(self._tokenizer([caption]))
+        return self._keys[caption]
