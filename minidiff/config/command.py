@@ -175,13 +175,20 @@ def _reword(error: Exception, conf: Path, config_name: str) -> str:
         )
     if missing:
         key = missing[1] or missing[2]
-        known = set()
-        for file in conf.rglob("*.yaml"):
-            package = "" if file.parent in (conf, conf / "experiment") else f"{file.parent.name}."
-            known |= {package + k for k in _leaves(OmegaConf.to_container(OmegaConf.load(file), resolve=False))}
+        known: dict[str, list[str]] = {}  # key -> the choices of its group that list it
+        for file in sorted(conf.rglob("*.yaml")):
+            whole = file.parent in (conf, conf / "experiment")
+            for leaf in _leaves(OmegaConf.to_container(OmegaConf.load(file), resolve=False)):
+                choices = known.setdefault(leaf if whole else f"{file.parent.name}.{leaf}", [])
+                choices += [] if whole else [file.stem]
         groups = {p.name for p in conf.iterdir() if p.is_dir()}
+        if choices := known.get(key):
+            return (
+                f"'{key}' is an option of {key.split('.')[0]}={' | '.join(choices)}, and not listed by the choice made "
+                f"here. If that takes it all the same, add it by +{key}=…"
+            )
         return (
-            f"Unknown key '{key}'.{did_you_mean(key, sorted(known | groups))} "
+            f"Unknown key '{key}'.{did_you_mean(key, sorted(known.keys() | groups))} "
             f"`python {config_name}.py --help` lists the options."
         )
     return f"The configuration cannot be composed: {text}"
