@@ -19,7 +19,7 @@ from minidiff.errors import InputError, MachineError
 METADATA = 16_384  # characters at most; readers, Pillow among them, distrust longer ones
 # IPTC's word for what a trained model made. Anyone can remove it: it informs, and proves nothing.
 MADE_BY_A_MODEL = {"digitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"}
-SETTINGS = ("steps", "guidance", "rescale", "low", "high", "threshold")
+SETTINGS = ("steps", "guidance", "rescale", "low", "high", "threshold", "candidates")
 
 
 @entry("sample")

@@ -32,7 +32,7 @@ from minidiff.samplers import State
 from minidiff.seeds import generator
 from minidiff.space import Space
 from minidiff.state import load_model
-from minidiff.text import TextEncoder
+from minidiff.text import Agreement, TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class Sampling:
     low: float = 0.0  # guidance acts for t in [low, high] only (Kynkäänniemi et al. 2024)
     high: float = 1.0
     threshold: float | None = None  # percentile of dynamic thresholding; None: clamp to [−1, 1]; ≥ 1: neither
+    candidates: int = 1  # drawn for every picture; the one that OpenCLIP finds to fit its prompt best is kept
 
     def __post_init__(self) -> None:
         def demand(holds: bool, name: str, must: str) -> None:
@@ -62,6 +63,7 @@ class Sampling:
         demand(0 <= self.rescale <= 1, "rescale", "between 0 and 1")
         demand(0 <= self.low <= self.high <= 1, "low", "at least 0 and at most high, which is at most 1")
         demand(self.threshold is None or self.threshold > 0, "threshold", "null or positive")
+        demand(1 <= self.candidates <= 10_000, "candidates", "a whole number from 1 to 10000")
 
     def but(self, **changes: object) -> "Sampling":
         """Returns these settings with those that are given, and not None, replaced."""
@@ -91,6 +93,7 @@ class Pipeline:
         self.precision = "fp32"  # of the network while sampling
         self.vocabulary: frozenset[str] = frozenset()  # words of the training captions
         self.name = ""  # of the run and checkpoint, for the metadata of pictures
+        self._agreement: Agreement | None = None  # made when there is something to choose from
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +125,7 @@ class Pipeline:
         return [to_pil(image) for image in images]
 
     def steps(self, prompt: str, *, negative: str = "", seed: int = 0, **settings: object) -> Iterator[Snapshot]:
-        """Yields every state of one picture, from pure noise (t = 1) to the picture (t = 0)."""
+        """Yields every state of one picture (the first candidate), from pure noise (t = 1) to the picture (t = 0)."""
         for s in self._states([prompt], [seed], negative, self.sampling.but(**settings)):
             image = to_pil(self.space.decode(s.x0_hat)[0])
             yield Snapshot(float(s.t), s.xt[0].cpu(), s.x0_hat[0].cpu(), s.eps_hat[0].cpu(), image)
@@ -140,16 +143,38 @@ class Pipeline:
         chosen = self.sampling.but(**settings)
         done = []
         for i in range(0, len(prompts), batch_size):
-            *_, last = self._states(prompts[i : i + batch_size], seeds[i : i + batch_size], negative, chosen)
-            done.append(self.space.decode(last.xt).float().clamp(-1, 1).cpu())
+            done.append(self._best(prompts[i : i + batch_size], seeds[i : i + batch_size], negative, chosen))
         return torch.cat(done)
+
+    def agreement(self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " n"]:
+        """Returns how well each picture fits its prompt: the cosine of their vectors by the encoder's whole OpenCLIP
+        model.
+        """
+        if self._agreement is None:
+            self._agreement = Agreement(self.text)
+        return self._agreement(images, prompts)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Returns the words of a prompt that no training caption held."""
         return [word for word in words(prompt) if self.vocabulary and word not in self.vocabulary]
 
-    def _states(self, prompts: Sequence[str], seeds: Sequence[int], negative: str, how: Sampling) -> Iterator[State]:
-        noise = ImageNoise(seeds)
+    def _best(
+        self, prompts: Sequence[str], seeds: Sequence[int], negative: str, how: Sampling
+    ) -> Float[Tensor, "n 3 h w"]:
+        """Draws all candidates and returns of each picture's the one that fits best (Ramesh et al. 2021, §2.6)."""
+        drawn = []
+        for candidate in range(how.candidates):
+            *_, last = self._states(prompts, seeds, negative, how, candidate)
+            drawn.append(self.space.decode(last.xt).float().clamp(-1, 1).cpu())
+        if how.candidates == 1:
+            return drawn[0]
+        fit = torch.stack([self.agreement(images, prompts) for images in drawn])
+        return torch.stack(drawn)[fit.argmax(dim=0), torch.arange(len(prompts))]
+
+    def _states(
+        self, prompts: Sequence[str], seeds: Sequence[int], negative: str, how: Sampling, candidate: int = 0
+    ) -> Iterator[State]:
+        noise = ImageNoise(seeds, candidate)
         process, shape = self.denoiser.process, (len(prompts), *self.space.shape)
         times = how.grid(process, how.steps)
         x = process.start_std(times[0]).float().to(self.device) * noise(torch.empty(shape, device=self.device))
@@ -181,15 +206,16 @@ class Pipeline:
 
 
 class ImageNoise:
-    """Standard normal noise for a batch in which every image draws from a generator of its own."""
+    """Standard normal noise for a batch in which every image, and every candidate for it, has its own generator."""
 
-    def __init__(self, seeds: Sequence[int]) -> None:
+    def __init__(self, seeds: Sequence[int], candidate: int = 0) -> None:
         for seed in seeds:
             if not 0 <= seed < 2**63:
                 raise InputError(
                     "MD-SAMPLE-002", f"seed={seed} does not work: a seed is a whole number from 0 to 2⁶³ − 1."
                 )
-        self._generators = [generator(seed, "image") for seed in seeds]
+        place = (candidate,) if candidate else ()  # the first is the picture that is drawn without others
+        self._generators = [generator(seed, "image", *place) for seed in seeds]
 
     def __call__(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """Returns fresh noise of the shape, dtype and device of `x`."""

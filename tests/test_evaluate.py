@@ -73,6 +73,15 @@ def test_a_run_is_scored_into_eval_json(tiny_run, capsys):
     assert (tiny_run / "eval.png").stat().st_size > 1000 and "overall" in capsys.readouterr().out
 
 
+def test_of_candidates_all_network_evaluations_count(tiny_run, tmp_path, capsys):
+    import minidiff
+
+    pipe = minidiff.load(tiny_run, device="cpu")
+    report = evaluate(pipe, read([f"run={tiny_run}", "n=1", "steps=2", "guidance=2", "candidates=3"]), tmp_path)
+    assert report["evaluations"] == 12 and report["candidates"] == 3
+    assert "12 network evaluations a picture, guidance 2, the best of 3 in OpenCLIP's eyes" in capsys.readouterr().out
+
+
 def test_a_run_of_another_world_is_not_scored(tiny_run):
     import minidiff
 

@@ -49,6 +49,29 @@ def test_seed_zero_is_a_seed_and_seeds_differ(pipe):
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
 
 
+def test_of_several_candidates_the_one_that_fits_best_is_kept_and_the_first_is_the_usual_picture(pipe, monkeypatch):
+    asked = []
+
+    def brightness(images, prompts):  # stands for what OpenCLIP finds
+        asked.append(list(prompts))
+        return images.mean(dim=(1, 2, 3))
+
+    monkeypatch.setattr(pipe, "_agreement", brightness)
+    prompts, seeds = ["a star", "a red circle"], [3, 4]
+    first, kept = (pipe.sample(prompts, seeds, steps=2, candidates=k) for k in (1, 4))
+    assert asked == [prompts] * 4
+    drawn = []
+    for k in range(4):
+        *_, last = pipe._states(prompts, seeds, "", pipe.sampling.but(steps=2), k)
+        drawn.append(pipe.space.decode(last.xt).clamp(-1, 1))
+    torch.testing.assert_close(first, drawn[0])
+    assert len({round(x[0].mean().item(), 6) for x in drawn}) == 4  # every candidate has noise of its own
+    for i in range(2):
+        torch.testing.assert_close(kept[i], max((x[i] for x in drawn), key=lambda x: x.mean()))
+    alone = pipe.sample(prompts[1:], seeds[1:], steps=2, candidates=4)[0]
+    torch.testing.assert_close(alone, kept[1], rtol=0, atol=1e-4)
+
+
 def test_G2_guidance_zero_and_one_are_exact_and_cost_one_network_call(pipe, monkeypatch):
     rows = []
     forward = pipe.denoiser.net.forward
@@ -110,7 +133,14 @@ def test_settings_change_the_picture_and_unknown_ones_are_errors(pipe):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"guidance": float("nan")}, {"rescale": 2.0}, {"low": 0.9, "high": 0.1}, {"threshold": -1.0}],
+    [
+        {"steps": 0},
+        {"guidance": float("nan")},
+        {"rescale": 2.0},
+        {"low": 0.9, "high": 0.1},
+        {"threshold": -1.0},
+        {"candidates": 0},
+    ],
 )
 def test_G2_settings_out_of_range_are_refused(pipe, wrong):
     with pytest.raises(InputError):

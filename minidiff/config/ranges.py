@@ -28,7 +28,12 @@ TRAIN_RANGES = {
     "optim.warmup": (int, 0, 10**9),
     "optim.weight_decay": (float, 0.0, 10.0),
 }
-SAMPLE_RANGES = {"n": (int, 1, 100_000), "seed": (int, 0, 2**63 - 1), "lora_scale": (float, -100.0, 100.0)}
+SAMPLE_RANGES = {
+    "n": (int, 1, 100_000),
+    "seed": (int, 0, 2**63 - 1),
+    "candidates": (int, 1, 10_000),
+    "lora_scale": (float, -100.0, 100.0),
+}
 CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "device": ("auto", "cpu", "cuda", "mps"),

@@ -221,6 +221,7 @@ def _check_counterparts(pipe: Pipeline, scheduler: Scheduler) -> None:
         "text: an OpenCLIP encoder with its mask (train with text=folder)": isinstance(text, Tower),
         "net: a port for the caption's vector": pipe.denoiser.net.time.vector is None,
         "sampling: low, high or threshold": (how.low, how.high) == (0, 1) and (how.threshold or 0) >= 1,
+        "sampling: candidates": how.candidates == 1,
         "sampling: a grid `leading` whose offset is not 1": schedulers.same(
             _as_the_pipeline_does(scheduler), scheduler
         ),

@@ -7,13 +7,15 @@ OpenCLIP (Cherti et al. 2022) is trained so that a caption's vector lies near it
 tokens, DALL·E 2 the vectors, here both are at hand. The empty caption is the null condition of classifier-free
 guidance.
 
-`TextEncoder` (`encoder`) is a whole OpenCLIP model (`clip`); `Tower` (`tower`) is what a Stable Diffusion folder ships:
-the text half alone, with a tokenizer of its own (`minidiff.interop.text` reads and writes it).
+`TextEncoder` (`encoder`) is the text half of an OpenCLIP model (`clip`), and `Agreement` (`agreement`) asks both halves
+how well pictures fit captions. `Tower` (`tower`) is what a Stable Diffusion folder ships: a text half alone, with a
+tokenizer of its own (`minidiff.interop.text` reads and writes it).
 """
 
+from minidiff.text.agreement import Agreement
 from minidiff.text.clip import TINY, Tokenizer, create_clip
 from minidiff.text.encoder import BATCH, Embeddings, TextEncoder, tiny
 from minidiff.text.tower import Tower, TowerShape, TowerTokenizer
 
-__all__ = ["BATCH", "TINY", "Embeddings", "TextEncoder", "Tokenizer", "Tower", "TowerShape", "TowerTokenizer"]
-__all__ += ["create_clip", "tiny"]
+__all__ = ["BATCH", "TINY", "Agreement", "Embeddings", "TextEncoder", "Tokenizer", "Tower", "TowerShape"]
+__all__ += ["TowerTokenizer", "create_clip", "tiny"]

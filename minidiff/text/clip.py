@@ -2,18 +2,24 @@
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from minidiff.errors import InputError, MachineError
 from minidiff.resources import bundled
+from minidiff.state import load_model
+from minidiff.tensor_files import read_tensors
 
 TINY = "minidiff-tiny"  # our own OpenCLIP configuration, data/clip_shapes/minidiff-tiny.json
 
 
 def create_clip(model: str, pretrained: str | None = None) -> nn.Module:
     """Returns an OpenCLIP model: with random weights, or with weights that OpenCLIP fetches by the tag `pretrained`.
+
+    Without `pretrained` it expects pictures in [−1, 1], which is how `minidiff.tasks.clip` shows them; the tags' models
+    have a mean and a standard deviation of their own (`visual.image_mean`, `visual.image_std`, of pictures in [0, 1]).
 
     Raises MachineError (MD-TEXT-001) if they cannot be fetched and InputError (MD-TEXT-002) for an unknown model.
     """
@@ -31,7 +37,8 @@ def create_clip(model: str, pretrained: str | None = None) -> nn.Module:
                 "weights go by text.weights=FILE.safetensors.",
             )
         try:
-            return open_clip.create_model(model, pretrained=pretrained).eval()
+            ours = None if pretrained else {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+            return open_clip.create_model(model, pretrained=pretrained, force_preprocess_cfg=ours).eval()
         except (OSError, RuntimeError) as error:
             repo, _, file = open_clip.get_pretrained_cfg(model, pretrained or "").get("hf_hub", "").rpartition("/")
             raise MachineError(
@@ -41,6 +48,14 @@ def create_clip(model: str, pretrained: str | None = None) -> nn.Module:
                 f"`hf download {repo} {file or 'open_clip_model.safetensors'}`, and copy ~/.cache/huggingface/hub "
                 "(its place is $HF_HUB_CACHE) here; or use text=tiny, which comes with minidiff.",
             ) from error
+
+
+def load_clip(model: str, pretrained: str | None = None, weights: str | Path | None = None) -> nn.Module:
+    """Returns an OpenCLIP model with OpenCLIP's weights `pretrained`, or with those of a safetensors file."""
+    clip = create_clip(model, pretrained)
+    if weights is not None:
+        load_model(clip, read_tensors(weights))
+    return clip.float().requires_grad_(False)
 
 
 @contextmanager

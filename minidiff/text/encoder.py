@@ -11,9 +11,8 @@ from torch import Tensor
 from minidiff.cache import Cache, content_key
 from minidiff.cond import Cond
 from minidiff.resources import bundled
-from minidiff.state import fingerprint, load_model
-from minidiff.tensor_files import read_tensors
-from minidiff.text.clip import TINY, Tokenizer, create_clip
+from minidiff.state import fingerprint
+from minidiff.text.clip import TINY, Tokenizer, load_clip
 
 # Captions encoded at once, the last ones filled up with expected and then with empty ones. Always as many, because the
 # last bits of a matrix product depend on its size, and a caption's embedding must not depend on what was encoded with
@@ -28,18 +27,17 @@ class TextEncoder:
     `layer` counts from the end: −1 is the transformer's last layer, −2 the one before, as in Stable Diffusion 2.
     """
 
+    recipe: dict | None = None  # of the whole OpenCLIP model; None where there is but a text half
     _expected: Iterator[str] = iter(())  # none, until `expect` says which
 
     def __init__(
         self, model: str, *, pretrained: str | None = None, weights: str | Path | None = None, layer: int = -1
     ) -> None:
-        clip = create_clip(model, pretrained)
-        if weights is not None:
-            load_model(clip, read_tensors(weights))
+        clip = load_clip(model, pretrained, weights)
         del clip.visual  # captions only; the picture tower may be most of the model
         self.recipe = {"model": model, "pretrained": pretrained, "weights": weights and str(weights), "layer": layer}
         self.tokenizer = Tokenizer(model)
-        self._clip, self._layer = clip.float().requires_grad_(False), layer
+        self._clip, self._layer = clip, layer
         self._memory: dict[str, tuple[Tensor, Tensor]] | Embeddings = {}
         self.device = torch.device("cpu")
         self.identity = f"{model}/{layer}/{fingerprint(clip.state_dict())}"  # by what it computes
