@@ -103,6 +103,7 @@ class Pipeline:
         self.denoiser.to(device)
         self.space.to(device)
         self.text.to(device)
+        self._agreement = None  # is made where the encoder is
         return self
 
     def compute(self, precision: str = "fp32", compile: bool | str = False) -> str:
@@ -146,13 +147,12 @@ class Pipeline:
             done.append(self._best(prompts[i : i + batch_size], seeds[i : i + batch_size], negative, chosen))
         return torch.cat(done)
 
-    def agreement(self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " n"]:
-        """Returns how well each picture fits its prompt: the cosine of their vectors by the encoder's whole OpenCLIP
-        model.
-        """
+    @property
+    def agreement(self) -> Agreement:
+        """Tells how well pictures fit prompts, by the whole OpenCLIP model whose text half is the encoder."""
         if self._agreement is None:
             self._agreement = Agreement(self.text)
-        return self._agreement(images, prompts)
+        return self._agreement
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Returns the words of a prompt that no training caption held."""
@@ -162,13 +162,14 @@ class Pipeline:
         self, prompts: Sequence[str], seeds: Sequence[int], negative: str, how: Sampling
     ) -> Float[Tensor, "n 3 h w"]:
         """Draws all candidates and returns of each picture's the one that fits best (Ramesh et al. 2021, §2.6)."""
+        agreement = self.agreement if how.candidates > 1 else None  # without one, say so before anything is drawn
         drawn = []
         for candidate in range(how.candidates):
             *_, last = self._states(prompts, seeds, negative, how, candidate)
             drawn.append(self.space.decode(last.xt).float().clamp(-1, 1).cpu())
-        if how.candidates == 1:
+        if agreement is None:
             return drawn[0]
-        fit = torch.stack([self.agreement(images, prompts) for images in drawn])
+        fit = torch.stack([agreement(images, prompts) for images in drawn])
         return torch.stack(drawn)[fit.argmax(dim=0), torch.arange(len(prompts))]
 
     def _states(

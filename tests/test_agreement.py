@@ -7,6 +7,7 @@ from test_cache import tower
 
 from minidiff.data import Batch
 from minidiff.errors import InputError
+from minidiff.pipeline import load
 from minidiff.shapes import caption, example, render
 from minidiff.tasks.clip import ContrastivePretraining
 from minidiff.text import Agreement, tiny
@@ -68,3 +69,11 @@ def test_pretrained_models_see_pictures_by_their_own_mean_and_deviation(agreemen
 def test_a_text_half_alone_cannot_choose():
     with pytest.raises(InputError, match="MD-TEXT-004.*candidates"):
         Agreement(tower())
+
+
+def test_candidates_of_a_text_half_alone_are_refused_before_anything_is_drawn(tiny_run, monkeypatch):
+    pipe = load(tiny_run, device="cpu")
+    monkeypatch.setattr(pipe, "text", tower())
+    monkeypatch.setattr(pipe, "_states", lambda *_: pytest.fail("it draws"))
+    with pytest.raises(InputError, match="MD-TEXT-004"):
+        pipe.sample(["a star"], [0], candidates=2)

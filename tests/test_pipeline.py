@@ -12,6 +12,7 @@ from minidiff.errors import CheckpointError, InputError
 from minidiff.nn.attention import CrossAttention
 from minidiff.pipeline import ImageNoise, to_pil, words
 from minidiff.process import Table
+from minidiff.text import Agreement
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,11 @@ def test_seed_zero_is_a_seed_and_seeds_differ(pipe):
 def test_of_several_candidates_the_one_that_fits_best_is_kept_and_the_first_is_the_usual_picture(pipe, monkeypatch):
     asked = []
 
-    def brightness(images, prompts):  # stands for what OpenCLIP finds
+    def brightness(self, images, prompts):  # stands for what OpenCLIP finds
         asked.append(list(prompts))
         return images.mean(dim=(1, 2, 3))
 
-    monkeypatch.setattr(pipe, "_agreement", brightness)
+    monkeypatch.setattr(Agreement, "__call__", brightness)
     prompts, seeds = ["a star", "a red circle"], [3, 4]
     first, kept = (pipe.sample(prompts, seeds, steps=2, candidates=k) for k in (1, 4))
     assert asked == [prompts] * 4
