@@ -17,15 +17,16 @@ from dataclasses import replace
 import numpy as np
 import pairs
 import torch
+from denoising import pictures
 
-from minidiff.shapes import COLOURS, PLACES, SHAPES, Claim, Description, Scene, caption, example, render
+from minidiff.shapes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Claim, Description, Scene, caption, example
 from minidiff.text import Agreement, tiny
 
 VALUES = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
-    "size": ("small", "large"),
-    "texture": ("solid", "striped", "checkered"),
+    "size": SIZES,
+    "texture": TEXTURES,
     "place": PLACES,
 }
 
@@ -53,10 +54,9 @@ def order_exchanged(claim: Claim) -> Claim:
 def share_right(
     agreement: Agreement, scenes: Sequence[Scene], asked: Sequence[tuple[list[str], int]], sd: float
 ) -> float:
-    """Returns how often the true caption of each (captions, true) fits its scene's picture best."""
+    """Returns how often the true one of (captions, true) fits its scene's picture, with noise on it, best."""
     right = []
-    for i, (scene, (captions, true)) in enumerate(zip(scenes, asked, strict=True)):
-        picture = torch.from_numpy(render(scene, 32)).permute(2, 0, 1).float() / 127.5 - 1
+    for i, (picture, (captions, true)) in enumerate(zip(pictures(scenes, px=32), asked, strict=True)):
         picture = picture + sd * torch.randn(picture.shape, generator=torch.Generator().manual_seed(i))
         fit = agreement(picture.expand(len(captions), -1, -1, -1), captions)
         right.append(int(fit.argmax()) == true)

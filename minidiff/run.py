@@ -107,7 +107,7 @@ class Run:
             batches = data.Ahead(batches, values["accumulate"], positions)
         return batches, data.first_batches(held, images=256, batch_size=64), remarks
 
-    def updates(self):
+    def updates(self) -> Iterator[fit.Step]:
         """Yields after every optimizer update that is still to do."""
         optim = self.values["optim"]
 
