@@ -6,9 +6,8 @@ agree.
 (Radford et al. 2021, figure 3.) Its text half then becomes the frozen text encoder of the diffusion model.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidiff.data import Batch
+from minidiff.tasks.task import Task
 from minidiff.text import TINY, Tokenizer, create_clip
 
 MAX_LOGIT_SCALE = 4.6052  # log 100, the paper's bound
 
 
-class ContrastivePretraining:
+class ContrastivePretraining(Task):
     """Trains the tiny OpenCLIP model from random weights; `model` is what learns and what is saved."""
 
     def __init__(self, model: str = TINY) -> None:
@@ -61,25 +61,7 @@ class ContrastivePretraining:
         agreement = self._logits(batch).T.softmax(dim=1).cpu()
         return Image.fromarray((255 * (1 - agreement)).byte().numpy()).resize((512, 512), Image.Resampling.NEAREST)
 
-    def learn_words(self, captions: Iterable[str]) -> list[str]:
-        """Nothing to remember, and nothing to say: the encoder takes any word."""
-        return []
-
-    def remember_in(self, folder: Path) -> str:
-        """Nothing to keep: no part of it is frozen."""
-        return "not needed"
-
-    def flush(self) -> str:
-        return ""
-
-    def measure(self, batches: Sequence[Batch]) -> None:
-        """Nothing to measure: pictures are taken as they are."""
-
-    def restore(self, contract: Mapping) -> None:
-        """Nothing to restore but weights."""
-
     def contract(self, recipe: Mapping) -> dict:
-        """Returns what a checkpoint must say about the model."""
         return {"clip": dict(recipe)}
 
     def _logits(self, batch: Batch) -> Float[Tensor, "b b"]:

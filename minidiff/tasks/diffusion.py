@@ -19,6 +19,7 @@ from minidiff.cache import Cache, content_key
 from minidiff.data import Batch
 from minidiff.pipeline import Pipeline, contract, words
 from minidiff.seeds import generator
+from minidiff.tasks.task import Task
 from minidiff.viz import grid
 
 GOLDEN = 0.6180339887498949  # (√5 − 1)/2: multiples modulo 1 fill [0, 1) as evenly as can be
@@ -27,7 +28,7 @@ WORTH = 10_000_000  # parameters of a text encoder from which on its embeddings 
 NOISE_LEVELS = 10  # bins of t in which the loss is told apart
 
 
-class TextToImage:
+class TextToImage(Task):
     """Trains a pipeline's network; `model` is what learns and what is saved."""
 
     def __init__(self, pipeline: Pipeline, drop_cond: float, seed: int) -> None:
