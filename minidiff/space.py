@@ -7,7 +7,9 @@ Images are (b, 3, h, w) in [−1, 1]. `space.shape` is the shape of one x0, whic
 `state`, plain JSON that a checkpoint keeps and `restore` demands back.
 """
 
+import math
 from collections.abc import Iterable, Mapping
+from itertools import chain, islice
 
 import torch
 from einops import rearrange
@@ -68,12 +70,15 @@ class Latents:
     z is the posterior's mean where there is a posterior, so that a picture always has the same latents. Scale and
     shift are the autoencoder's own, or with `measured` one over the standard deviation of all numbers of the latents
     that `measure` sees (Rombach et al., app. G), so that diffusion starts from data of unit variance. Nothing here is
-    trained. Raises InputError (MD-SPACE-002) for a size that the autoencoder cannot halve evenly.
+    trained. `tolerance` is the error, root mean square with pictures in [−1, 1], up to which the autoencoder may redraw
+    the training pictures. Raises InputError (MD-SPACE-002) for a size that the autoencoder cannot halve evenly.
     """
 
     bounded = False
 
-    def __init__(self, vae: VAE | TinyVAE, image_size: int, *, measured: bool = False) -> None:
+    def __init__(
+        self, vae: VAE | TinyVAE, image_size: int, *, measured: bool = False, tolerance: float = math.inf
+    ) -> None:
         if image_size % vae.factor or image_size < 1:
             low = image_size // vae.factor * vae.factor
             raise InputError(
@@ -84,6 +89,7 @@ class Latents:
             )
         self.vae, self.image_size, self.factor = vae.eval().requires_grad_(False), image_size, vae.factor
         self.shape = (vae.latent_channels, image_size // vae.factor, image_size // vae.factor)
+        self.tolerance = tolerance
         self.waiting = measured  # for `measure` or `restore`
         self.identity = fingerprint(vae.state_dict())
 
@@ -113,14 +119,20 @@ class Latents:
         return torch.cat([z if isinstance(z, Tensor) else z.mean for z in coded])
 
     def measure(self, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> None:
-        """Sets scale to one over the standard deviation of the pictures' latents, if it is still to be measured.
+        """Sees whether the autoencoder knows such pictures, by the first batch, and sets scale to one over the standard
+        deviation of the pictures' latents, if it is still to be measured.
 
-        Raises NumericsError (MD-SPACE-003) if there is none: no pictures, or latents that are all alike.
+        Raises InputError (MD-SPACE-005) if it redraws them worse than `tolerance`, and NumericsError (MD-SPACE-003) if
+        there is no scale: no pictures, or latents that are all alike.
         """
+        batches = iter(batches)
+        first = list(islice(batches, 1))
+        if first and self.tolerance < math.inf:
+            self._require_known(first[0])
         if not self.waiting:
             return
         count, total, squares = 0, 0.0, 0.0
-        for images in batches:
+        for images in chain(first, batches):
             z = self.code(images).cpu().double()  # Apple's GPUs have no float64
             count, total, squares = count + z.numel(), total + z.sum().item(), squares + z.square().sum().item()
         variance = squares / count - (total / count) ** 2 if count else 0.0
@@ -132,6 +144,17 @@ class Latents:
                 "Check that space.vae names trained weights, and that the pictures lie in [−1, 1].",
             )
         self.vae.scale, self.vae.shift, self.waiting = variance**-0.5, 0.0, False
+
+    def _require_known(self, images: Float[Tensor, "_ 3 h w"]) -> None:
+        error = (self.decode(self.encode(images)) - images).square().mean().sqrt().item()
+        if not error <= self.tolerance:
+            raise InputError(
+                "MD-SPACE-005",
+                f"The autoencoder redraws pictures of this data with an error of {error:.2f} (root mean square, "
+                f"colours in [−1, 1]), where up to {self.tolerance:g} is usual for what it was trained on. So it does "
+                "not know such pictures, and no model would ever draw them better. Train on pixels with space=pixels, "
+                "or on the latents of an autoencoder for such pictures with space=latents space.vae=FOLDER.",
+            )
 
     def state(self) -> dict:
         """Returns which autoencoder this is, and what turns its z into x0."""

@@ -6,7 +6,7 @@ from minidiff.interop.scheduler import load_scheduler, save_scheduler
 from minidiff.interop.text import load_text, save_text
 from minidiff.interop.tiny_vae import load_pair as load_tiny_vae
 from minidiff.interop.unet import load_unet, save_unet
-from minidiff.interop.vae import load_latents, load_vae, save_vae
+from minidiff.interop.vae import load_latents, load_tiny_latents, load_vae, save_vae
 
 __all__ = [
     "is_pipeline",
@@ -24,4 +24,5 @@ __all__ = [
     "save_text",
     "save_unet",
     "save_vae",
+    "load_tiny_latents",
 ]

@@ -22,6 +22,7 @@ from minidiff.interop.folder import (
 )
 from minidiff.nn.tiny_vae import TinyVAE
 from minidiff.nn.vae import VAE, MapAttention
+from minidiff.resources import bundled
 from minidiff.space import Latents
 
 RULES: Rules = (
@@ -47,6 +48,7 @@ RENAMED: Rules = (
     (r"(?<=attentions\.0)\.value\b", ".to_v"),
     (r"(?<=attentions\.0)\.proj_attn\b", ".to_out.0"),
 )
+TOLERANCE = 0.1  # root mean square, of the bundled autoencoder; its own world it redraws with 0.03
 DEFAULTS = {
     "in_channels": 3,
     "out_channels": 3,
@@ -97,6 +99,11 @@ def load_latents(vae: str, image_size: int, measured: bool = False) -> Latents:
     `load_vae` and `Latents` do.
     """
     return Latents(load_vae(vae), image_size, measured=measured)
+
+
+def load_tiny_latents(image_size: int) -> Latents:
+    """Returns the latents of the bundled autoencoder, which knows the shapes world at 32×32 pixels and nothing else."""
+    return Latents(load_vae(bundled("vae_shapes")), image_size, tolerance=TOLERANCE)
 
 
 def save_vae(vae: VAE | TinyVAE, folder: str | Path) -> None:
