@@ -21,7 +21,7 @@ from minidiff.nn.tiny_vae import TinyVAE
 from minidiff.nn.vae import VAE
 from minidiff.state import fingerprint
 
-BATCH = 8  # pictures that pass an autoencoder at once: at full resolution it needs far more memory than the UNet
+PIXELS = 8 * 512**2  # that pass an autoencoder at once: at full resolution it needs far more memory than the UNet
 
 
 class Pixels:
@@ -89,7 +89,7 @@ class Latents:
             )
         self.vae, self.image_size, self.factor = vae.eval().requires_grad_(False), image_size, vae.factor
         self.shape = (vae.latent_channels, image_size // vae.factor, image_size // vae.factor)
-        self.tolerance = tolerance
+        self.at_once, self.tolerance = max(1, PIXELS // image_size**2), tolerance
         self.waiting = measured  # for `measure` or `restore`
         self.identity = fingerprint(vae.state_dict())
 
@@ -108,14 +108,14 @@ class Latents:
     def decode(self, x0: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
         z = x0 / self.vae.scale + self.vae.shift
         with torch.autocast(z.device.type, enabled=False):
-            return torch.cat([self.vae.decode(part) for part in z.float().split(BATCH)])
+            return torch.cat([self.vae.decode(part) for part in z.float().split(self.at_once)])
 
     @torch.no_grad()
     def code(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
         """Returns what the autoencoder says of pictures, unscaled."""
         # Never in half precision: Stable Diffusion's encoder overflows in float16, and latents are data.
         with torch.autocast(images.device.type, enabled=False):
-            coded = [self.vae.encode(part) for part in images.float().split(BATCH)]
+            coded = [self.vae.encode(part) for part in images.float().split(self.at_once)]
         return torch.cat([z if isinstance(z, Tensor) else z.mean for z in coded])
 
     def measure(self, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> None:

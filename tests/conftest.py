@@ -13,7 +13,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
 )  # of child processes
 
-TINY_RUN = ["space=pixels", "steps=4", "batch_size=8", "data.n=64", "data.validation=16", "net.channels=[16,32]"]
+TINY_RUN = ["steps=4", "batch_size=8", "data.n=64", "data.validation=16", "net.channels=[16,32]"]
 TINY_RUN += ["net.attend=[false,true]", "net.groups=4", "sampling_steps=2"]
 TINY_RUN += ["every.log=1", "every.preview=4", "every.validate=2", "every.save=2"]
 TINY_RUN += ["compile=false", "precision=fp32", "device=cpu", "workers=0", "cache=none"]

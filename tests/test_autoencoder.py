@@ -1,6 +1,7 @@
 """The autoencoder task: the loss is the evidence lower bound, and what is trained is a space to diffuse in."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import minidiff
 from minidiff import checkpoint
 from minidiff.config import build
 from minidiff.data import Batch
+from minidiff.errors import CheckpointError, InputError
 from minidiff.interop import load_tiny_latents, load_vae, save_vae
 from minidiff.nn.vae import VAE
 from minidiff.pipeline import to_pil
@@ -21,6 +23,7 @@ from minidiff.tasks.autoencoder import Autoencoding
 
 NOISE = 0.3
 BASE = [x for x in TINY_RUN if not x.startswith(("net.", "space", "sampling"))]
+BASE += ["experiment=vae_shapes", "task.vae.channels=[8,8,8]", "optim.lr=1e-3"]
 
 
 def small() -> VAE:
@@ -72,17 +75,21 @@ def test_half_precision_keeps_small_errors():
 
 
 def test_it_is_trained_resumed_and_becomes_a_space(tmp_path):
-    whole = train(tmp_path / "whole", "experiment=vae_shapes", "steps=4", base=BASE)
+    whole = train(tmp_path / "whole", "steps=4", base=BASE)
     assert (whole / "samples" / "step_00000004.png").is_file()
-    parts = train(tmp_path / "parts", "experiment=vae_shapes", "steps=2", "optim.lr=1e-9", base=BASE)
-    train(tmp_path / "parts", "experiment=vae_shapes", "steps=4", "optim.lr=1e-9", base=BASE)
-    saved = checkpoint.load(parts / "checkpoints" / "step_00000004", ["ema"])
-    vae = build(saved.state["contract"]["autoencoder"]["vae"])
-    load_model(vae, saved.tensors["ema"])
+    parts = train(tmp_path / "parts", "steps=4", base=BASE)
+    newest = parts / "checkpoints" / "step_00000004"
+    shutil.rmtree(newest)
+    train(tmp_path / "parts", "steps=4", base=BASE)  # from step 2
+    a, b = (checkpoint.load(run / "checkpoints" / newest.name, ["ema"]) for run in (whole, parts))
+    assert all(torch.equal(x, b.tensors["ema"][name]) for name, x in a.tensors["ema"].items())
+
+    vae = build(b.state["contract"]["autoencoder"]["vae"])
+    load_model(vae, b.tensors["ema"])
     save_vae(vae, tmp_path / "vae")
     run = train(tmp_path, "space=latents", f"space.vae={tmp_path / 'vae'}", "space.measured=true")
     assert minidiff.load(run).space.shape == (6, 8, 8)
-    with pytest.raises(minidiff.errors.MinidiffError, match="MD-CKPT-020"):
+    with pytest.raises(CheckpointError, match="MD-CKPT-020"):
         minidiff.load(whole)
 
 
@@ -103,9 +110,8 @@ def test_the_bundled_autoencoder_redraws_scenes_so_that_they_read_the_same():
     assert load_vae(minidiff.bundled("vae_shapes")).scale == space.vae.scale
 
 
-def test_the_lesson_runs_in_its_latents_and_refuses_pictures_that_it_does_not_know(tmp_path):
-    base = [x for x in TINY_RUN if x != "space=pixels"]
-    pipe = minidiff.load(train(tmp_path, base=base))
+def test_a_run_in_its_latents_refuses_pictures_that_it_does_not_know(tmp_path):
+    pipe = minidiff.load(train(tmp_path, "space=tiny"))
     assert pipe.space.shape == (6, 8, 8) and pipe("a star", steps=1)[0].size == (32, 32)
-    with pytest.raises(minidiff.errors.InputError, match="MD-SPACE-005.*space=pixels"):
+    with pytest.raises(InputError, match="MD-SPACE-005.*space=pixels"):
         pipe.space.measure([torch.rand(8, 3, 32, 32) * 2 - 1])

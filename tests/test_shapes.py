@@ -1,3 +1,4 @@
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -86,6 +87,19 @@ def test_parse_never_fails_on_what_is_no_scene(make):
     half = np.zeros((32, 32, 3), np.uint8)
     half[:, 16:] = 255
     parse(half)
+
+
+def test_a_fit_ends_even_if_rounding_makes_every_neighbour_look_better(monkeypatch):
+    window = sys.modules["minidiff.shapes.parse"]._Window
+    calls = iter(range(100))  # a picture was once read for ever
+
+    def errors(self, shape, texture, spots):
+        next(calls)
+        return np.array([1.0, 1.0, 0.9999, 1.0, 1.0, 1.0, 1.0]), np.zeros(7, dtype=int)
+
+    monkeypatch.setattr(window, "errors", errors)
+    spot = np.array([0.0, 0.0, 0.3], dtype=np.float32)
+    assert window.fit(window.__new__(window), "circle", "solid", spot)[0] == 1.0
 
 
 def test_a_speck_is_no_thing_but_counts_in_the_distance():

@@ -6,6 +6,7 @@ textures and colours are then drawn there and compared with the pixels; the best
 closest wins.
 """
 
+import math
 from itertools import product
 
 import numpy as np
@@ -152,12 +153,15 @@ class _Window:
         spot).
         """
         moves = np.concatenate([np.zeros((1, 3)), np.eye(3), -np.eye(3)]).astype(np.float32)
-        step, halvings = FIRST_STEP, 0
+        step, halvings, least = FIRST_STEP, 0, math.inf
         while True:
             spots = spot + step * moves
             spots[:, 2] = spots[:, 2].clip(0.05)
             error, colour = self.errors(shape, texture, spots)
             best = int(error.argmin())
+            if error[best] >= least:  # rounding alone may make each of two spots look better from the other
+                best = 0
+            least = min(least, float(error[best]))
             spot = spots[best]
             if best == 0:
                 halvings += 1
