@@ -15,6 +15,7 @@ __all__ = [
     "load_pipeline",
     "load_scheduler",
     "load_text",
+    "load_tiny_latents",
     "load_tiny_vae",
     "load_unet",
     "load_vae",
@@ -24,5 +25,4 @@ __all__ = [
     "save_text",
     "save_unet",
     "save_vae",
-    "load_tiny_latents",
 ]
