@@ -28,17 +28,11 @@ class Autoencoding(Task):
 
     def __init__(self, vae: VAE, noise: float, seed: int) -> None:
         self.model, self.noise, self.seed = vae, noise, seed
-        self.device = torch.device("cpu")
-
-    def to(self, device: torch.device) -> "Autoencoding":
-        self.device = device
-        self.model.to(device)
-        return self
 
     def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Returns the loss above, and its two parts: the mean squared error, and the nats of a picture's latents."""
         x = batch.x(self.device)
-        x_hat, posterior = self.model(x, generator(self.seed, "posterior", *batch.index[:1]))
+        x_hat, posterior = self.model(x, generator(self.seed, "posterior", batch.index[0]))
         # under autocast both come in half precision, in which small differences vanish
         error = (x_hat.float() - x).square().mean()
         nats = Posterior(posterior.mean.float(), posterior.logvar.float()).kl().mean()

@@ -28,12 +28,6 @@ class ContrastivePretraining(Task):
     def __init__(self, model: str = TINY) -> None:
         self.model: nn.Module = create_clip(model)
         self.tokenizer = Tokenizer(model)
-        self.device = torch.device("cpu")
-
-    def to(self, device: torch.device) -> "ContrastivePretraining":
-        self.device = device
-        self.model.to(device)
-        return self
 
     def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Returns the symmetric cross-entropy, and the share of captions that find their own picture first."""

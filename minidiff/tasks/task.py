@@ -22,9 +22,14 @@ class Task:
 
     model: nn.Module
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def to(self, device: torch.device) -> "Task":
         """Moves everything to a device, and returns the task."""
-        raise NotImplementedError
+        self.model.to(device)
+        return self
 
     def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Returns what an update lowers, and numbers to look at."""
