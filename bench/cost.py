@@ -26,12 +26,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS))
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=7)
     values = parse(parser)
     bf16 = values.precision == "bf16"
     for grid in values.grids:
         for number, size in GRIDS[grid].items():
-            (theirs, ours), at = networks(size), inputs(size)
+            (theirs, ours), at = networks(size, values.device), inputs(size, values.device)
             peer = training_step(theirs, call_theirs, at, bf16, theirs_adamw(theirs))
             mine = training_step(ours, call_ours, at, bf16, ours_adamw(ours))
             ratio = compare(peer, mine, rounds=values.rounds, warmup=2)

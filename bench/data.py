@@ -27,7 +27,7 @@ def pictures(file: Path, size: int) -> Iterator:
 
     source = data.parquet(str(file))
     rows = data.CaptionedImages(source.train, source.image, source.caption, image_size=size)
-    return data.loader(rows, BATCH)
+    return data.loader(rows, BATCH, workers=data.auto_workers())
 
 
 def consumer(file: Path, *choices: str) -> tuple[Callable[[], object], object]:
@@ -49,35 +49,42 @@ def parent() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--many", type=int, default=1, help="batches between two readings; with workers, more than wait"
+    )
     values = pairs.parse(parser)
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
-        file, n = Path(place) / "train.parquet", (values.rounds + 2) * BATCH * 20 // 19  # one in 20 validates
+        file, n = (
+            Path(place) / "train.parquet",
+            (values.rounds + 2) * values.many * BATCH * 20 // 19,
+        )  # one in 20 validates
         scenes = shapes(64, n=n, validation=1).train
         scenes.to_parquet(file)
         captions = list(dict.fromkeys(caption for row in scenes["captions"] for caption in row))
         for name, choices in NETWORKS.items():
-            step, text = consumer(file, *choices)
+            one_step, text = consumer(file, *choices)
             cold, warm = pictures(file, 32), pictures(file, 32)
             for _ in range(n // BATCH + 1):
                 next(warm)
             unseen = iter([captions[i : i + BATCH] for i in range(0, len(captions), BATCH)])
 
-            def encode(unseen: Iterator = unseen, text: object = text) -> None:
-                text(next(unseen))
+            def repeat(once: Callable) -> Callable[[], None]:
+                return lambda: [once() for _ in range(values.many)] and None
 
+            step = repeat(one_step)
             ways = {
-                "cold": lambda cold=cold: next(cold),
-                "remembered": lambda warm=warm: next(warm),
-                "captions": encode,
+                "cold": repeat(lambda cold=cold: next(cold)),
+                "remembered": repeat(lambda warm=warm: next(warm)),
+                "captions": repeat(lambda text=text, unseen=unseen: text(next(unseen))),
             }
             for way, produce in ways.items():
                 ratio = pairs.compare(step, produce, rounds=values.rounds, warmup=0 if way == "cold" else 1)
                 pairs.report(
                     f"data, {way}, against {name}",
                     ratio,
-                    images_per_s=round(BATCH / ratio.ours_s),
-                    consumed_per_s=round(BATCH / ratio.peer_s),
+                    images_per_s=round(values.many * BATCH / ratio.ours_s),
+                    consumed_per_s=round(values.many * BATCH / ratio.peer_s),
                 )
 
 

@@ -14,8 +14,10 @@ from minidiff.cond import Cond
 from minidiff.optim import make_adamw
 
 
-def networks(size: Size) -> tuple[nn.Module, nn.Module]:
-    """Returns diffusers' UNet2DConditionModel with random weights, and ours with these same weights."""
+def networks(size: Size, device: str = "cpu") -> tuple[nn.Module, nn.Module]:
+    """Returns diffusers' UNet2DConditionModel with random weights, and ours with these same weights; on a GPU ours with
+    channels last, as `train.py` has it there.
+    """
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -30,7 +32,8 @@ def networks(size: Size) -> tuple[nn.Module, nn.Module]:
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = minidiff.interop.load_unet(folder)
-    return theirs, ours
+    layout = torch.contiguous_format if device == "cpu" else torch.channels_last
+    return theirs.to(device), ours.to(device, memory_format=layout)
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,11 @@ class Inputs:
     target: Tensor
 
 
-def inputs(size: Size) -> Inputs:
+def inputs(size: Size, device: str = "cpu") -> Inputs:
     torch.manual_seed(1)
     x, target = torch.randn(2, size.batch, 4, size.resolution, size.resolution)
-    return Inputs(x, 999 * torch.rand(size.batch), torch.randn(size.batch, size.tokens, size.token_dim), target)
+    tau, tokens = 999 * torch.rand(size.batch), torch.randn(size.batch, size.tokens, size.token_dim)
+    return Inputs(*(tensor.to(device) for tensor in (x, tau, tokens, target)))
 
 
 def call_theirs(net: nn.Module, at: Inputs) -> Tensor:

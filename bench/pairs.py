@@ -62,6 +62,14 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def matmul_flops(device: str, n: int = 8192) -> float:
+    """Returns how many floating-point operations a second a large bf16 matrix product makes: what there is to reach."""
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ b
+    return 2 * n**3 / median(seconds(lambda: a @ b) for _ in range(10))
+
+
 def report(name: str, ratio: Ratio, **facts: object) -> None:
     """Prints one line, and appends it with the machine's description to the file that --json names (JSON lines)."""
     more = "  ".join(f"{key}={value}" for key, value in facts.items())

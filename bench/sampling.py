@@ -20,20 +20,20 @@ import sides
 PROMPT = "a large red star on a navy background"
 
 
-def peer(folder: str, n: str, steps: str, guidance: str) -> Callable[[], object]:
+def peer(folder: str, device: str, n: str, steps: str, guidance: str) -> Callable[[], object]:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe = StableDiffusionPipeline.from_pretrained(folder).to(device)
     pipe.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": int(steps), "guidance_scale": float(guidance), "num_images_per_prompt": int(n)}
     return lambda: pipe(PROMPT, generator=[torch.Generator().manual_seed(i) for i in range(int(n))], **how)
 
 
-def ours(folder: str, n: str, steps: str, guidance: str, *choices: str) -> Callable[[], object]:
+def ours(folder: str, device: str, n: str, steps: str, guidance: str, *choices: str) -> Callable[[], object]:
     import minidiff
 
-    pipe = minidiff.load(folder, device="cpu")
+    pipe = minidiff.load(folder, device=device)
     if choices:
         chosen = dict(choice.split("=") for choice in choices)
         print(pipe.compute(chosen.get("precision", "fp32"), chosen.get("compile") == "true"))
@@ -47,12 +47,13 @@ def parent() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="precision=, compile=")
     values = pairs.parse(parser)
     with tempfile.TemporaryDirectory() as place:
         folder = folders.write(Path(place) / "folder", folders.SIZES[values.size])
         for n in values.n:
-            how = (folder, n, values.steps, values.guidance)
+            how = (folder, values.device, n, values.steps, values.guidance)
             both = [sides.Side(__file__, "peer", *how), sides.Side(__file__, "ours", *how, *values.ours)]
             ratio = pairs.compare(*both, rounds=values.rounds, warmup=1)
             theirs_mib, ours_mib = (side.peak_mib() for side in both)

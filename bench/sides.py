@@ -29,7 +29,9 @@ class Side:
         self._ask("run")
 
     def peak_mib(self) -> float:
-        """Returns how much memory (MiB) all calls so far needed at most, beyond what was there before the first."""
+        """Returns how much memory (MiB) all calls so far needed at most, beyond what was there before; if they
+        used a GPU, what their tensors took there.
+        """
         return round(int(self._ask("peak")) / 1024, 1)
 
     def close(self) -> None:
@@ -59,7 +61,13 @@ def main(functions: dict[str, Callable], parent: Callable[[], None]) -> None:
     for line in sys.stdin:
         if line == "run\n":
             run()
-        print(_memory("VmHWM") - before if line == "peak\n" else "done", file=answers, flush=True)
+        print(_gpu_memory() or _memory("VmHWM") - before if line == "peak\n" else "done", file=answers, flush=True)
+
+
+def _gpu_memory() -> int:
+    """Returns the most that this process' tensors took on a GPU, in KiB; 0 if it used none."""
+    torch = sys.modules["torch"]
+    return torch.cuda.max_memory_allocated() // 1024 if torch.cuda.is_initialized() else 0
 
 
 def _memory(kind: str) -> int:

@@ -25,7 +25,7 @@ ROWS = 256  # pictures to train on
 LR, WEIGHT_DECAY, CLIP, EMA = 1e-4, 1e-2, 1.0, 0.9999
 
 
-def recipe(folder: str, data: str, batch: str, updates: str) -> Callable[[], None]:
+def recipe(folder: str, data: str, device: str, batch: str, updates: str) -> Callable[[], None]:
     """diffusers' text-to-image script, by its calls: accelerate, datasets, DataLoader, AdamW, EMAModel."""
     import datasets
     import torch
@@ -37,11 +37,12 @@ def recipe(folder: str, data: str, batch: str, updates: str) -> Callable[[], Non
     from torchvision import transforms
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=device == "cpu")
     noise_levels = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").requires_grad_(False)
+    text, vae = text.to(accelerator.device), vae.to(accelerator.device)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").train()
     average = EMAModel(unet.parameters(), decay=EMA, model_cls=UNet2DConditionModel, model_config=unet.config)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
@@ -81,7 +82,9 @@ def recipe(folder: str, data: str, batch: str, updates: str) -> Callable[[], Non
             with accelerator.accumulate(unet):
                 latents = vae.encode(batch["pixel_values"]).latent_dist.sample() * vae.config.scaling_factor
                 noise = torch.randn_like(latents)
-                timesteps = torch.randint(0, noise_levels.config.num_train_timesteps, (len(latents),)).long()
+                timesteps = torch.randint(
+                    0, noise_levels.config.num_train_timesteps, (len(latents),), device=latents.device
+                )
                 noisy = noise_levels.add_noise(latents, noise, timesteps)
                 words = text(batch["input_ids"], return_dict=False)[0]
                 answer = unet(noisy, timesteps, words, return_dict=False)[0]
@@ -97,7 +100,9 @@ def recipe(folder: str, data: str, batch: str, updates: str) -> Callable[[], Non
     return run
 
 
-def ours(folder: str, data: str, batch: str, updates: str, place: str, *choices: str) -> Callable[[], None]:
+def ours(
+    folder: str, data: str, device: str, batch: str, updates: str, place: str, *choices: str
+) -> Callable[[], None]:
     """What `python train.py` does between two previews."""
     os.chdir(place)
     from minidiff.config import compose
@@ -116,7 +121,14 @@ def ours(folder: str, data: str, batch: str, updates: str, place: str, *choices:
             *("net.scale_shift=false", "+net.linear_projection=false", "space=latents", f"space.vae={vae}"),
             *("text=folder", f"text.folder={folder}", "process=table", "objective=eps", "weighting=uniform"),
             *("sampler=ddim", "grid=leading", f"image_size={size}", "optim=adamw", f"optim.lr={LR}", f"ema={EMA}"),
-            *("data=parquet", f"data.path={data}", f"batch_size={batch}", "steps=1000000", "resume=none"),
+            *(
+                "data=parquet",
+                f"data.path={data}",
+                f"batch_size={batch}",
+                "steps=1000000",
+                "resume=none",
+                f"device={device}",
+            ),
             *(f"every.{name}=1000000" for name in ("log", "preview", "validate", "save")),
             *choices,
         ],
@@ -133,7 +145,7 @@ def ours(folder: str, data: str, batch: str, updates: str, place: str, *choices:
     return some
 
 
-def lucidrains(folder: str, data: str, batch: str, updates: str) -> Callable[[], None]:
+def lucidrains(folder: str, data: str, device: str, batch: str, updates: str) -> Callable[[], None]:
     """denoising_diffusion_pytorch's Trainer on the same pictures, unconditional and on pixels, as it has no others."""
     import datasets
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
@@ -162,7 +174,7 @@ def lucidrains(folder: str, data: str, batch: str, updates: str) -> Callable[[],
     return run
 
 
-def pixels(folder: str, data: str, batch: str, updates: str, place: str) -> Callable[[], None]:
+def pixels(folder: str, data: str, device: str, batch: str, updates: str, place: str) -> Callable[[], None]:
     """Ours beside that Trainer: the same sizes, on pixels, with captions."""
     os.chdir(place)
     from minidiff.config import compose
@@ -170,7 +182,7 @@ def pixels(folder: str, data: str, batch: str, updates: str, place: str) -> Call
 
     choices = ["net=small", "net.channels=[32,64,128]", "net.layers=2", "net.attend=[true,true,true]", "net.heads=4"]
     choices += ["net.groups=8", "image_size=32", "optim=adamw", "data=parquet", f"data.path={data}", "resume=none"]
-    choices += [f"batch_size={batch}", "steps=1000000"]
+    choices += [f"batch_size={batch}", "steps=1000000", f"device={device}"]
     choices += [f"every.{name}=1000000" for name in ("log", "preview", "validate", "save")]
     Path("runs/shapes").mkdir(parents=True)
     run = Run(compose("train", choices))
@@ -197,12 +209,13 @@ def parent() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--updates", type=int, default=4, help="between two readings of the clock")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="options of train.py")
     values = pairs.parse(parser)
     with tempfile.TemporaryDirectory() as place:
         place, size = Path(place), folders.SIZES[values.size]
         what = folders.write(place / "folder", size), draw(place / "train.parquet", 8 * size.resolution)
-        what += (values.batch, values.updates)
+        what += (values.device, values.batch, values.updates)
         jobs = {"diffusers' recipe": ("recipe", "ours", values.ours)}
         if importlib.util.find_spec("denoising_diffusion_pytorch"):
             jobs["denoising_diffusion_pytorch"] = ("lucidrains", "pixels", [])

@@ -60,19 +60,21 @@ class Muon(Optimizer):
 
     def _muon(self, parameters: list[Tensor], group: dict) -> None:
         lr = MATRIX_LR * group["lr"]
-        by_shape = defaultdict(list)  # matrices of one shape are made orthogonal together
         for p in parameters:
             if p not in self.state:
                 self.state[p] = {"momentum": torch.zeros_like(p)}
-            momentum = self.state[p]["momentum"]
-            momentum.lerp_(p.grad, 1 - MOMENTUM)
-            update = p.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov's: as if one step ahead
-            by_shape[update.shape].append((p, update))
+        grads, momenta = [p.grad for p in parameters], [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
+        updates = torch._foreach_lerp(grads, momenta, MOMENTUM)  # Nesterov's: as if one step ahead
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        by_shape = defaultdict(list)  # matrices of one shape are made orthogonal together
+        for p, update in zip(parameters, updates, strict=True):
+            by_shape[update.flatten(1).shape].append((p, update.flatten(1)))
         for (rows, columns), pairs in by_shape.items():
-            updates = orthogonal(torch.stack([update for _, update in pairs]))
-            for (p, _), update in zip(pairs, updates, strict=True):
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+            alike = [p for p, _ in pairs]
+            steps = orthogonal(torch.stack([update for _, update in pairs])).unbind()
+            steps = [step.view_as(p) for p, step in zip(alike, steps, strict=True)]
+            torch._foreach_add_(alike, steps, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
     def _adamw(self, parameters: list[Tensor], group: dict) -> None:
         for p in parameters:

@@ -94,7 +94,9 @@ class Run:
             if train.without_caption:
                 rows = f"{train.without_caption} of {len(train)} rows"
                 remarks.append(f"{rows} have no caption and train unconditionally")
-            batches = data.Ahead(data.loader(train, part, workers=workers, **place), values["accumulate"])
+            batches = data.Ahead(
+                data.loader(train, part, workers=workers, **place, draw=self.task.draw), values["accumulate"]
+            )
         else:
             self.bad_rows = data.BadRows(None, values["max_bad"])
             remarks = self.task.learn_words(held.all_captions())  # the others as they come

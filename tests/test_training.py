@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -116,6 +117,24 @@ def test_F11_on_a_cpu_deterministic_changes_no_bit(tmp_path):
     a, b = (checkpoint.load(x / "checkpoints" / "step_00000003", ["model", "ema"]).tensors for x in runs)
     assert all(torch.equal(x, b[part][name]) for part in a for name, x in a[part].items())
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_F11_noise_that_workers_drew_trains_to_the_same_bits(tmp_path):
+    runs = [train(tmp_path / str(n), *FAST, "steps=4", f"workers={n}") for n in (0, 2)]
+    a, b = (checkpoint.load(x / "checkpoints" / "step_00000004", ["model", "ema"]).tensors for x in runs)
+    assert all(torch.equal(x, b[part][name]) for part in a for name, x in a[part].items())
+
+
+def test_workers_elsewhere_than_on_linux_are_sent_what_draws_the_noise():
+    from conftest import TINY_RUN
+
+    from minidiff.config import build, compose
+
+    draw = build(compose("train", TINY_RUN)["task"]).draw
+    sent = pickle.dumps(draw)
+    assert len(sent) < 1000  # and not a network
+    for mine, theirs in zip(draw([5, 2**40]), pickle.loads(sent)([5, 2**40]), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

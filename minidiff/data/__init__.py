@@ -13,7 +13,17 @@ approximately known (`streaming`).
 
 from minidiff.data.ahead import Ahead
 from minidiff.data.bad_rows import BadRows
-from minidiff.data.batches import Batch, auto_workers, collate, dead_workers, first_batches, loader, read_batches, share
+from minidiff.data.batches import (
+    Batch,
+    Draw,
+    auto_workers,
+    collate,
+    dead_workers,
+    first_batches,
+    loader,
+    read_batches,
+    share,
+)
 from minidiff.data.captions import treat_empty_captions
 from minidiff.data.images import load_image
 from minidiff.data.samples import CaptionedImages, RowReader
@@ -21,6 +31,16 @@ from minidiff.data.source import Source
 from minidiff.data.sources import folder, hub, parquet, shapes
 from minidiff.data.streaming import StreamedImages, resume_at, stream_readers
 
-__all__ = ["Ahead", "BadRows", "Batch", "CaptionedImages", "RowReader", "Source", "StreamedImages", "auto_workers"]
-__all__ += ["collate", "dead_workers", "first_batches", "folder", "hub", "load_image", "loader", "parquet"]
+__all__ = ["Ahead", "BadRows", "Batch", "CaptionedImages", "Draw", "RowReader", "Source", "StreamedImages"]
+__all__ += [
+    "auto_workers",
+    "collate",
+    "dead_workers",
+    "first_batches",
+    "folder",
+    "hub",
+    "load_image",
+    "loader",
+    "parquet",
+]
 __all__ += ["read_batches", "resume_at", "shapes", "share", "stream_readers", "treat_empty_captions"]

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from minidiff.data.samples import CaptionedImages, Sample
 from minidiff.errors import DataError, InputError, MachineError, MinidiffError
+
+Draw = Callable[[Sequence[int]], tuple[Tensor, ...]]  # sample numbers → random tensors, a row each
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,16 @@ class Batch:
     skipped: list[str]  # rows that could not be read, and why; each was replaced by the next row
     rows: list[int] = field(default_factory=list)  # of the data set, where it has numbered rows
     position: tuple[int, dict] | None = None  # of a stream: the worker, and where it goes on after this batch
+    draws: tuple[Tensor, ...] | None = None  # of the samples, where the process that read them drew (see `loader`)
 
     def x(self, device: torch.device | str = "cpu") -> Float[Tensor, "b 3 h w"]:
         """Returns the images in [−1, 1] on a device."""
         return self.images.to(device, non_blocking=True).float() / 127.5 - 1
 
     def pin_memory(self) -> "Batch":
-        """Lets a GPU fetch the images while it computes; the loader calls this."""
-        return replace(self, images=self.images.pin_memory())
+        """Lets a GPU fetch the tensors while it computes; the loader calls this."""
+        draws = self.draws and tuple(x.pin_memory() for x in self.draws)
+        return replace(self, images=self.images.pin_memory(), draws=draws)
 
 
 class _Places(Sampler):
@@ -52,8 +56,8 @@ class _Places(Sampler):
 class _Reader(Dataset):
     """Reads whole batches, and returns an error as a value: a process cannot raise our errors in another one."""
 
-    def __init__(self, data: Dataset) -> None:
-        self.data = data
+    def __init__(self, data: Dataset, draw: Draw | None = None) -> None:
+        self.data, self.draw = data, draw
 
     def __getitem__(self, places: list[int]) -> Batch | MinidiffError:
         i = places[0]
@@ -61,7 +65,7 @@ class _Reader(Dataset):
             items = []
             for i in places:
                 items.append(self.data[i])
-            return collate(items)
+            return replace(collate(items), draws=self.draw and self.draw(places))
         except MinidiffError as error:
             return error
         except Exception as error:
@@ -93,12 +97,20 @@ def _start_worker(worker: int) -> None:
 
 
 def loader(
-    data: CaptionedImages, batch_size: int, *, start: int = 0, workers: int = 0, rank: int = 0, ranks: int = 1
+    data: CaptionedImages,
+    batch_size: int,
+    *,
+    start: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    draw: Draw | None = None,
 ) -> Iterator[Batch]:
     """Yields batches for ever, beginning with sample number `start` of the run; order and content do not depend on
-    `workers`.
+    `workers`. `draw` makes random numbers of sample numbers alone, so the workers can do that, too: noise for a GPU's
+    batches takes one process longer than the GPU.
     """
-    return read_batches(_Reader(data), workers, _Places(batch_size, start, rank, ranks))
+    return read_batches(_Reader(data, draw), workers, _Places(batch_size, start, rank, ranks))
 
 
 def read_batches(data: Dataset, workers: int, sampler: Sampler | None = None) -> Iterator[Batch]:

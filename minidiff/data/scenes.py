@@ -3,18 +3,27 @@
 import io
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 
 def draw_scenes(
-    split: str, n: int, image_size: int, seed: int, weights: dict[str, float], siblings: int, code: str
+    split: str,
+    parts: list[tuple[int, int]],
+    image_size: int,
+    seed: int,
+    weights: dict[str, float],
+    siblings: int,
+    code: str,
 ) -> Iterator[dict]:
-    """Yields the rows of a split; `code` only makes `datasets` draw anew when the drawing changed."""
+    """Yields the rows of a split from the first of each part to before its last: `datasets` shares parts out among
+    processes. `code` only makes it draw anew when the drawing changed.
+    """
     from PIL import Image
 
     from minidiff.shapes import example, render
 
-    for i in range(n):
+    for i in chain.from_iterable(range(*part) for part in parts):
         scene = example(split, i, seed, weights, siblings)
         png = io.BytesIO()
         Image.fromarray(render(scene.scene, image_size)).save(png, "PNG", compress_level=1)

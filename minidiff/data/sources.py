@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from minidiff.data.divide import divide
 from minidiff.data.scenes import draw_scenes, shapes_code
 from minidiff.data.source import Source
 from minidiff.errors import DataError
+
+PART = 1000  # scenes that a process draws before it takes others
 
 
 def shapes(
@@ -44,17 +47,22 @@ def _scenes(
     import datasets
 
     features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
+    parts = [(i, min(i + PART, n)) for i in range(0, n, PART)]
     recipe = {
         "split": split,
-        "n": n,
+        "parts": parts,
         "image_size": image_size,
         "seed": seed,
         "weights": weights,
         "siblings": siblings,
         "code": shapes_code(),
     }
+    # elsewhere a process begins anew, and would run a caller's script again
+    processes = min(len(parts), os.cpu_count() or 1) if sys.platform == "linux" else 1
     with _quiet():
-        return datasets.Dataset.from_generator(draw_scenes, features=features, gen_kwargs=recipe)
+        return datasets.Dataset.from_generator(
+            draw_scenes, features=features, gen_kwargs=recipe, num_proc=processes if processes > 1 else None
+        )
 
 
 def parquet(

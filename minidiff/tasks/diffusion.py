@@ -9,6 +9,7 @@ Noise, time and dropout of a sample depend on the run's seed and the sample's nu
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,13 +29,35 @@ WORTH = 10_000_000  # parameters of a text encoder from which on its embeddings 
 NOISE_LEVELS = 10  # bins of t in which the loss is told apart
 
 
+@dataclass(frozen=True)
+class Draws:
+    """The randomness of training: noise, a uniform number for the time, and whether the caption is kept, for each
+    sample number. It travels to the processes that read.
+
+    The uniform numbers are a Weyl sequence, so that every batch covers all noise levels evenly and its loss varies less
+    (cf. the low-discrepancy times of Kingma et al. 2021, appendix I.1).
+    """
+
+    seed: int
+    drop_cond: float  # share of samples trained without their caption, for guidance
+    shape: tuple[int, ...]  # of the space
+
+    def __call__(
+        self, index: Sequence[int]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"], Bool[Tensor, " b"]]:
+        draws = [generator(self.seed, "noise", i) for i in index]
+        keep = torch.stack([torch.rand((), generator=g) for g in draws]) >= self.drop_cond
+        eps = torch.stack([torch.randn(self.shape, generator=g) for g in draws])
+        start = torch.rand((), generator=generator(self.seed, "time"), dtype=torch.float64)
+        return eps, (start + GOLDEN * torch.tensor(index, dtype=torch.float64)) % 1, keep
+
+
 class TextToImage(Task):
     """Trains a pipeline's network; `model` is what learns and what is saved."""
 
     def __init__(self, pipeline: Pipeline, drop_cond: float, seed: int) -> None:
         self.pipeline = pipeline
-        self.drop_cond = drop_cond  # share of samples trained without their caption, for guidance
-        self.seed = seed
+        self.draw = Draws(seed, drop_cond, tuple(pipeline.space.shape))
         self.embeddings: Cache | None = None
         self.latents: Cache | None = None
 
@@ -53,11 +76,11 @@ class TextToImage(Task):
     def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Returns the mean weighted error of the network's answer over a batch."""
         device = self.pipeline.device
-        eps, u, keep = self._draw(batch.index)
+        eps, u, keep = batch.draws or self.draw(batch.index)
         cond = self.pipeline.text(batch.captions).where(keep, self.pipeline.text([""]))
         x0 = self._x0(batch)
         t = self.pipeline.denoiser.process.draw(u)
-        return self.pipeline.denoiser.loss(x0, cond.to(device), t, eps.to(device)).mean(), {}
+        return self.pipeline.denoiser.loss(x0, cond.to(device), t, eps.to(device, non_blocking=True)).mean(), {}
 
     def _x0(self, batch: Batch) -> Float[Tensor, "b c h w"]:
         """Returns the pictures in the space; latents that were computed before come from the cache, by the pixels that
@@ -72,18 +95,6 @@ class TextToImage(Task):
             for i, z in zip(missing, space.code(batch.x(device)[missing]).float().cpu(), strict=True):
                 rows[i] = self.latents[keys[i]] = z.flatten()
         return space.scaled(torch.stack(rows).reshape(-1, *space.shape).to(device))
-
-    def _draw(self, index: Sequence[int]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"], Bool[Tensor, " b"]]:
-        """Returns noise, a uniform number for the time, and whether the caption is kept, for each sample number.
-
-        The uniform numbers are a Weyl sequence, so that every batch covers all noise levels evenly and its loss
-        varies less (cf. the low-discrepancy times of Kingma et al. 2021, appendix I.1).
-        """
-        draws = [generator(self.seed, "noise", i) for i in index]
-        keep = torch.stack([torch.rand((), generator=g) for g in draws]) >= self.drop_cond
-        eps = torch.stack([torch.randn(self.pipeline.space.shape, generator=g) for g in draws])
-        start = torch.rand((), generator=generator(self.seed, "time"), dtype=torch.float64)
-        return eps, (start + GOLDEN * torch.tensor(index, dtype=torch.float64)) % 1, keep
 
     @torch.no_grad()
     def validate(self, batches: Sequence[Batch]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minidiff.data import Batch
+from minidiff.data import Batch, Draw
 
 
 class Task:
@@ -30,6 +30,8 @@ class Task:
         """Moves everything to a device, and returns the task."""
         self.model.to(device)
         return self
+
+    draw: Draw | None = None  # what a loss draws for each sample number, so that other processes can do it ahead
 
     def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Returns what an update lowers, and numbers to look at."""
