@@ -62,7 +62,8 @@ def test_build_checks_names_and_types_of_arguments(node, words):
     "overrides, words",
     [
         (["optim.lrr=1"], "Unknown key 'optim.lrr'. Did you mean 'optim.lr'"),
-        (["text.layer=-2"], r"'text.layer' is an option of text=openclip_b32 \| openclip_h14.*\+text.layer="),
+        (["text.model=x"], r"'text.model' is an option of text=openclip_b32 \| openclip_h14.*\+text.model="),
+        (["net.depth=2"], r"'net.depth' is one of experiments, and not listed.*\+net.depth="),
         (["data=folder", "data.path=x", "data.n=3"], "'data.n' is an option of data=shapes, and not"),
         (["stepz=1"], "Did you mean 'steps'"),
         (["process=cosin"], "no process=cosin.*Did you mean 'cosine'"),

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,3 +133,24 @@ def test_the_gate_that_is_computed_twice_has_its_formula_and_derivative():
     value, gate = both.chunk(2, dim=-1)
     assert torch.equal(Gated.apply(both), value * F.gelu(gate))
     assert torch.autograd.gradcheck(Gated.apply, (both,))
+
+
+WHOLE = """
+import torch
+from test_unet import TAU, X, condition, tiny
+
+net, cond = tiny(positions=True, depth=2), condition()
+# with a cut in its graph, fullgraph raises; without Inductor, the graph computes as PyTorch does
+compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+answers = [f(X, TAU, cond) for f in (net, compiled)]
+assert torch.allclose(*answers, rtol=1e-4, atol=1e-4)
+slopes = [torch.autograd.grad(y.square().mean(), list(net.parameters())) for y in answers]
+for (name, _), a, b in zip(net.named_parameters(), *slopes, strict=True):
+    assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * a.abs().max().item()), name
+"""
+
+
+@pytest.mark.slow
+def test_a_compiler_sees_the_network_whole_and_trains_it_the_same():
+    # in a process of its own: the shape checks of these tests would cut the graph
+    subprocess.run([sys.executable, "-c", WHOLE], check=True, cwd=Path(__file__).parent)

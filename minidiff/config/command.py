@@ -182,10 +182,11 @@ def _reword(error: Exception, conf: Path, config_name: str) -> str:
                 choices = known.setdefault(leaf if whole else f"{file.parent.name}.{leaf}", [])
                 choices += [] if whole else [file.stem]
         groups = {p.name for p in conf.iterdir() if p.is_dir()}
-        if choices := known.get(key):
+        if key in known:
+            where = f"an option of {key.split('.')[0]}={' | '.join(known[key])}" if known[key] else "one of experiments"
             return (
-                f"'{key}' is an option of {key.split('.')[0]}={' | '.join(choices)}, and not listed by the choice made "
-                f"here. If that takes it all the same, add it by +{key}=…"
+                f"'{key}' is {where}, and not listed by the choice made here. If that takes it all the same, add it by "
+                f"+{key}=…"
             )
         return (
             f"Unknown key '{key}'.{did_you_mean(key, sorted(known.keys() | groups))} "

@@ -30,8 +30,11 @@ def _text(value: object) -> str:
         return ""
     if isinstance(value, bytes):
         value = value.decode()
+    value = str(value)
+    if value.isascii() and value.isprintable():
+        return " ".join(value.split())
     # control characters and lone surrogates: nobody wrote them, and tokenizers and files stumble over them
-    kept = (" " if c.isspace() else c for c in str(value) if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
+    kept = (" " if c.isspace() else c for c in value if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
     return " ".join("".join(kept).split())
 
 

@@ -80,19 +80,26 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(expansion * dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return self.out(Gated.apply(self.proj(x)))
+        both = self.proj(x)
+        # a compiler finds for itself what to compute again, and would cut its graph at a backward pass of our own
+        return self.out(gated(both) if torch.compiler.is_compiling() else Gated.apply(both))
+
+
+def gated(both: Float[Tensor, "b n two_f"]) -> Float[Tensor, "b n f"]:
+    """value ⊙ gelu(gate) of (value, gate) side by side."""
+    value, gate = both.chunk(2, dim=-1)
+    return value * F.gelu(gate)
 
 
 class Gated(torch.autograd.Function):
-    """value ⊙ gelu(gate) of (value, gate) side by side. Its backward pass computes gelu again instead of keeping it,
-    the largest tensor of a transformer but one.
+    """`gated`, whose backward pass computes gelu again instead of keeping it, the largest tensor of a transformer but
+    one.
     """
 
     @staticmethod
     def forward(ctx, both: Float[Tensor, "b n two_f"]) -> Float[Tensor, "b n f"]:
         ctx.save_for_backward(both)
-        value, gate = both.chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return gated(both)
 
     @staticmethod
     @once_differentiable

@@ -27,24 +27,31 @@ class TextEncoder:
     """A frozen OpenCLIP text encoder with a memory: each distinct caption is encoded once.
 
     `layer` counts from the end: −1 is the transformer's last layer, −2 the one before, as in Stable Diffusion 2.
+    `pooled=False` gives tokens only and no vectors, as Stable Diffusion listens to them.
     """
 
     recipe: dict | None = None  # of the whole OpenCLIP model; None where there is but a text half
     _expected: Iterator[str] = iter(())  # none, until `expect` says which
 
     def __init__(
-        self, model: str, *, pretrained: str | None = None, weights: str | Path | None = None, layer: int = -1
+        self,
+        model: str,
+        *,
+        pretrained: str | None = None,
+        weights: str | Path | None = None,
+        layer: int = -1,
+        pooled: bool = True,
     ) -> None:
         clip = load_clip(model, pretrained, weights)
         del clip.visual  # captions only; the picture tower may be most of the model
         self.recipe = {"model": model, "pretrained": pretrained, "weights": weights and str(weights), "layer": layer}
         self.tokenizer = Tokenizer(model)
-        self._clip, self._layer = clip, layer
+        self._clip, self._layer, self._pooled = clip, layer, pooled
         self._memory: dict[str, tuple[Tensor, Tensor]] | Embeddings = {}
         self.device = torch.device("cpu")
         self.identity = f"{model}/{layer}/{fingerprint(clip.state_dict())}"  # by what it computes
         null = self([""])
-        self.token_dim, self.vector_dim = null.tokens.shape[2], null.vector.shape[1]
+        self.token_dim, self.vector_dim = null.tokens.shape[2], null.vector.shape[1] if pooled else None
 
     @property
     def parameters(self) -> int:
@@ -58,12 +65,16 @@ class TextEncoder:
         return self
 
     def __call__(self, captions: Sequence[str]) -> Cond:
-        """Returns tokens (b, l, d), their mask and vectors (b, e): float32, on the CPU, l the encoder's context."""
+        """Returns tokens (b, l, d), their mask and, if `pooled`, vectors (b, e): float32, on the CPU, l the encoder's
+        context.
+        """
         rows = self._rows(captions)
         tokens = pad_sequence([row for row, _ in rows], batch_first=True)
         tokens = F.pad(tokens, (0, 0, 0, self.tokenizer.length - tokens.shape[1]))
         mask = torch.arange(tokens.shape[1]) < torch.tensor([[len(row)] for row, _ in rows])
-        return Cond(tokens=tokens, mask=mask, vector=torch.stack([vector for _, vector in rows]))
+        return Cond(
+            tokens=tokens, mask=mask, vector=torch.stack([vector for _, vector in rows]) if self._pooled else None
+        )
 
     def expect(self, captions: Iterable[str]) -> None:
         """Tells captions that will be asked for: they fill up batches, which are encoded whole in any case."""
@@ -104,10 +115,10 @@ class TextEncoder:
         return rows
 
 
-def tiny(weights: str | Path | None = None, layer: int = -1) -> TextEncoder:
+def tiny(weights: str | Path | None = None, layer: int = -1, pooled: bool = True) -> TextEncoder:
     """Returns the bundled encoder of the shapes world, or one trained by `python train.py experiment=clip_shapes`."""
     weights = weights or bundled("clip_shapes") / "model.safetensors"
-    return TextEncoder(TINY, weights=weights, layer=layer)
+    return TextEncoder(TINY, weights=weights, layer=layer, pooled=pooled)
 
 
 class Embeddings:
