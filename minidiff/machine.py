@@ -46,6 +46,14 @@ def keep_memory(device: torch.device) -> bool:
     return bool(mallopt(mmap_threshold, largest) and mallopt(trim_threshold, 2**31 - 1))
 
 
+def avoid_broken_kernels(device: torch.device) -> None:
+    """Keeps PyTorch on CUDA from cuDNN's attention, whose backward pass gives gradients that are no numbers where keys
+    are masked (pytorch issue 196678: torch 2.11 on Hopper GPUs). Its other kernels are as fast at our sizes.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Returns fp32, bf16 or fp16. `auto` takes bf16 where the hardware multiplies it, and fp32 elsewhere."""
     if precision == "fp16" and device.type != "cuda":
@@ -69,6 +77,7 @@ def open_accelerator(device: str, precision: str, accumulate: int) -> tuple["acc
     """
     chosen = resolve_device(device)
     keep_memory(chosen)
+    avoid_broken_kernels(chosen)
     # accelerate reads these when it is created; a device that was asked for must be the one that is used
     os.environ.setdefault("ACCELERATE_USE_CPU", str(chosen.type == "cpu").lower())
     stay_on_this_machine()

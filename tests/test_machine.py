@@ -217,3 +217,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     run = {"capture_output": True, "text": True, "check": True}
     pages = {how: int(subprocess.run([sys.executable, "-c", code, how], **run).stdout) for how in ("keep", "as it is")}
     assert pages["keep"] < pages["as it is"] / 4
+
+
+def test_on_cuda_cudnns_attention_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", (wanted := []).append)
+    for device in ("cpu", "cuda"):
+        machine.avoid_broken_kernels(torch.device(device))
+    assert wanted == [False]
