@@ -27,6 +27,17 @@ def test_tokens_mask_and_vector_are_openclips_own(encoder):
     torch.testing.assert_close(torch.nn.functional.normalize(ends, dim=-1), vectors, rtol=1e-4, atol=1e-5)
 
 
+def test_tokens_come_from_the_layer_that_was_asked_for_and_the_vector_goes_if_it_is_not_wanted(encoder):
+    captions, clip = ["a red circle", "two small blue stars on a navy background"], encoder._clip
+    early = tiny(layer=-3, pooled=False)
+    x = clip.token_embedding(encoder.tokenizer(captions)) + clip.positional_embedding
+    for block in clip.transformer.resblocks[:2]:  # of four
+        x = block(x, attn_mask=clip.attn_mask)
+    cond = early(captions)
+    torch.testing.assert_close(cond.tokens, clip.ln_final(x) * cond.mask[..., None], rtol=1e-4, atol=1e-5)
+    assert cond.vector is None and early.vector_dim is None
+
+
 def test_each_distinct_caption_is_encoded_once(encoder, monkeypatch):
     encoded = []
     original = encoder._encode
