@@ -64,8 +64,10 @@ class Interruption:
 
         names = [None, *REASONS]
         mine = torch.tensor([names.index(self.signal)], device=accelerator.device)
-        self.signal = names[int(accelerator.gather(mine).max())]
-        return self.signal is not None
+        heard = names[int(accelerator.gather(mine).max())]
+        if heard is not None:  # else what came to this process while it asked the others is for the next update
+            self.signal = heard
+        return heard is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

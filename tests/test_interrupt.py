@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY_RUN, train
 
 from minidiff import checkpoint, fit
@@ -85,6 +86,23 @@ def test_E11_handlers_that_were_there_are_called_and_come_back():
         assert len(heard) == 3
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_E11_a_signal_that_comes_while_the_processes_agree_is_heard_at_the_next_update():
+    class Together:
+        num_processes, device = 2, torch.device("cpu")
+
+        def gather(self, mine):
+            """The other process says nothing; this one hears its signal when it has spoken itself."""
+            if not heard:
+                heard.append("SIGUSR1")
+                send("SIGUSR1")
+            return torch.cat([mine, torch.zeros_like(mine)])
+
+    heard = []
+    with Interruption() as stop:
+        assert [stop.requested(Together()), stop.requested(Together())] == [False, True]
+    assert stop.signal == "SIGUSR1"
 
 
 def test_E11_training_works_outside_the_main_thread(tmp_path):

@@ -50,7 +50,10 @@ def finish(child: subprocess.Popen, timeout: float = 240) -> str:
     try:
         return child.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
+        import psutil
+
+        for one in [*psutil.Process(child.pid).children(recursive=True), child]:  # each is in a session of its own
+            one.kill()
         raise AssertionError("it hangs: " + child.communicate()[0]) from None
 
 

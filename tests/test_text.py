@@ -50,11 +50,11 @@ def test_each_distinct_caption_is_encoded_once(encoder, monkeypatch):
 
 def test_expected_captions_fill_up_batches_and_come_out_the_same(monkeypatch):
     patient, hasty = tiny(), tiny()
-    captions = [f"{number} red circles" for number in range(text.BATCH["cpu"] + 3)]
+    captions = [f"{number} red circles" for number in range(text.BATCH + 3)]
     patient.expect(captions)
     patient(["a blue star", captions[0]])
     monkeypatch.setattr(patient, "_encode", None)  # what is remembered needs no transformer
-    filled = text.BATCH["cpu"] - 2
+    filled = text.BATCH - 2
     together = patient(captions[:filled])
     for i, caption in enumerate(captions[:filled]):
         assert torch.equal(together.tokens[i], hasty([caption]).tokens[0])

@@ -19,7 +19,7 @@ from minidiff.text.clip import TINY, Tokenizer, load_clip
 # Captions encoded at once, the last ones filled up with expected and then with empty ones. Always as many on a device,
 # because the last bits of a matrix product depend on its size, and a caption's embedding must not depend on what was
 # encoded with it. A GPU takes no longer for many.
-BATCH = {"cpu": 16, "mps": 16, "cuda": 256}
+BATCH, GPU_BATCH = 16, 256
 EXPECTED = 200_000  # captions that are kept to fill up batches; of more, they would take hundreds of megabytes
 
 
@@ -90,16 +90,19 @@ class TextEncoder:
         """Returns tokens and vector of each caption, having encoded those that are not remembered."""
         rows = {caption: self._memory.get(caption) for caption in captions}
         missing = [caption for caption, row in rows.items() if row is None]
-        size = BATCH[self.device.type]
+        size = self._batch()
         for i in range(0, len(missing), size):
             batch = missing[i : i + size]
             others = (x for x in self._expected if x not in rows and self._memory.get(x) is None)
             rows |= self._encode([*batch, *islice(others, size - len(batch))])
         return [rows[caption] for caption in captions]
 
+    def _batch(self) -> int:
+        return GPU_BATCH if self.device.type == "cuda" else BATCH
+
     @torch.no_grad()
     def _encode(self, captions: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        ids = self.tokenizer([*captions, *[""] * (BATCH[self.device.type] - len(captions))])
+        ids = self.tokenizer([*captions, *[""] * (self._batch() - len(captions))])
         # in full precision also under a training's autocast: what is remembered must not depend on who asked first
         with torch.autocast(self.device.type, enabled=False):
             out = self._clip.forward_intermediates(
