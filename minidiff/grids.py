@@ -2,9 +2,9 @@
 
     grid(process, n) -> n + 1 times (float64, on the CPU) for n steps, falling from the noisiest to the result's
 
-`uniform`, `log_snr` and `karras` work for every process and end at 0, the data. `leading`, `linspace` and `trailing`
-are the spacings in use for a `Table` (Lin et al. 2023, table 2), which choose among its entries 0 … N - 1. They differ
-in their ends, and so do the samplers' habits:
+`uniform`, `log_snr`, `karras` and `centred` work for every process and end at 0, the data. `leading`, `linspace` and
+`trailing` are the spacings in use for a `Table` (Lin et al. 2023, table 2), which choose among its entries 0 … N - 1.
+They differ in their ends, and so do the samplers' habits:
 
     spare      DPM-Solver and UniPC divide the table into n steps between entries and leave out the last entry; the
                others choose n entries
@@ -42,6 +42,20 @@ def karras(process: Process, n: int, rho: float = 7.0) -> Float[Tensor, " times"
     """
     start, end = _sigma_range(process) ** (1 / rho)
     return _times(process, torch.linspace(start, end, n, dtype=torch.float64) ** rho)
+
+
+def centred(process: Process, n: int, width: float = 2.0, sigma_min: float = 0.03) -> Float[Tensor, " times"]:
+    """Returns `n - 1` steps down to Karras' sigma `sigma_min`, short around 1 and longer towards the ends, one to 0:
+    log(sigma) = width·sinh(u) with equal steps in u.
+
+    Where noise and picture are about equally strong it is decided what the picture shows, and x0_hat changes most;
+    where there is nearly nothing but one of them, long steps lose little. Lengths change gradually, because multistep
+    solvers extrapolate from the last step over the next. Cf. Sabour et al. 2024, "Align Your Steps", who fit such
+    grids to models.
+    """
+    start, end = _sigma_range(process)
+    start, end = torch.asinh(torch.log(torch.stack([start, end.clamp(min=sigma_min)])) / width)
+    return _times(process, (width * torch.linspace(start, end, n, dtype=torch.float64).sinh()).exp())
 
 
 def leading(
