@@ -127,10 +127,3 @@ class UsualLoss:
         self._high = loss > SPIKE * usual
         self._recent.append(loss)
         return usual if begins else None
-
-
-def warmup_cosine(step: int, *, steps: int, lr: float, warmup: int) -> float:
-    """Returns the learning rate of update `step`: linear up to `lr` in `warmup` updates, then half a cosine to 0."""
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

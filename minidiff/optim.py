@@ -1,4 +1,4 @@
-"""Optimizers: how gradients become updates.
+"""Optimizers: how gradients become updates, and how far each goes.
 
     AdamW    every number on its own: its gradient over the gradient's typical size   (Loshchilov & Hutter 2019)
     Muon     every matrix as a whole: U·Vᵀ in place of the gradient G = U·S·Vᵀ       (Jordan et al. 2024)
@@ -7,8 +7,9 @@ A gradient matrix consists of a few strong directions and many weak ones, such a
 walks equally far in all of them, so that the rare is learned with the common.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -114,3 +115,22 @@ def orthogonal(matrices: Float[Tensor, "n r c"], iterations: int = 5) -> Float[T
         # a·x + (b·gram + c·gram²)·x, each sum in one pass with its product
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype)
+
+
+def warmed_up(step: int, *, steps: int, lr: float, warmup: int, decay: Callable[[float], float]) -> float:
+    """Returns the learning rate of update `step`: linear up to `lr` in `warmup` updates, then lr·decay(share), where
+    the share of the rest that is done goes from 0 to 1.
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr * decay((step - warmup) / max(1, steps - warmup))
+
+
+def cosine(share: float) -> float:
+    """Half a cosine from 1 to 0 (Loshchilov & Hutter 2017, eq. 5)."""
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+def linear(share: float) -> float:
+    """A straight line from 1 to 0."""
+    return 1 - share

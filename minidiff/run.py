@@ -24,6 +24,7 @@ from minidiff.machine import (
     require_equal_weights,
     require_space,
 )
+from minidiff.optim import warmed_up
 from minidiff.pipeline import find_checkpoint
 from minidiff.redact import redact_values
 from minidiff.resume import checkpoint_to_resume, require_same_run
@@ -112,9 +113,10 @@ class Run:
     def updates(self) -> Iterator[fit.Step]:
         """Yields after every optimizer update that is still to do."""
         optim = self.values["optim"]
+        decay = build(optim["decay"])
 
         def learning_rate(step: int) -> float:
-            return fit.warmup_cosine(step, steps=self.steps, lr=optim["lr"], warmup=optim["warmup"])
+            return warmed_up(step, steps=self.steps, lr=optim["lr"], warmup=optim["warmup"], decay=decay)
 
         def loss(batch):
             if self.source.buffer_size is not None:  # of a stream, the words are not known before

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from minidiff.data import Batch
 from minidiff.errors import NumericsError
-from minidiff.fit import UsualLoss, fit, warmup_cosine
+from minidiff.fit import UsualLoss, fit
 
 
 def run(accumulate: int, steps: int = 3, start: int = 0) -> tuple[torch.Tensor, list]:
@@ -56,14 +56,6 @@ def test_accumulated_micro_batches_are_one_update():
 def test_steps_count_updates_from_the_start():
     assert [s.step for s in run(accumulate=3, steps=7, start=4)[1]] == [5, 6, 7]
     assert run(accumulate=1, steps=4, start=4)[1] == []
-
-
-def test_learning_rate_warms_up_and_falls_to_zero():
-    rates = [warmup_cosine(k, steps=100, lr=2.0, warmup=10) for k in range(101)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
-    assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)
-    assert all(b < a for a, b in zip(rates[10:], rates[11:], strict=False))
-    assert warmup_cosine(0, steps=10, lr=1.0, warmup=0) == 1.0
 
 
 # -------------------------------------------------------------------------------------------- what is not finite

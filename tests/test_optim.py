@@ -1,4 +1,6 @@
-"""Muon makes its updates orthogonal, leaves vectors to AdamW, and survives a checkpoint bit by bit."""
+"""Muon makes its updates orthogonal, leaves vectors to AdamW, and survives a checkpoint bit by bit. Learning rates
+rise and fall.
+"""
 
 import copy
 
@@ -6,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from minidiff.optim import MATRIX_LR, make_adamw, make_muon, orthogonal
+from minidiff.optim import MATRIX_LR, cosine, linear, make_adamw, make_muon, orthogonal, warmed_up
 from minidiff.state import flatten_optimizer, unflatten_optimizer
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -75,3 +77,13 @@ def test_muon_goes_on_bitwise_after_a_checkpoint():
     descend(model, optimizer, seed=9)
     descend(again, other, seed=9)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("decay", "at_a_quarter"), [(cosine, 1 + 0.5**0.5), (linear, 1.5)])
+def test_learning_rate_warms_up_and_falls_to_zero(decay, at_a_quarter):
+    rates = [warmed_up(k, steps=110, lr=2.0, warmup=10, decay=decay) for k in range(111)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
+    assert rates[35] == pytest.approx(at_a_quarter)
+    assert rates[60] == pytest.approx(1.0) and rates[110] == pytest.approx(0.0)
+    assert all(b < a for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert warmed_up(0, steps=10, lr=1.0, warmup=0, decay=decay) == 1.0
