@@ -117,7 +117,7 @@ def orthogonal(matrices: Float[Tensor, "n r c"], iterations: int = 5) -> Float[T
     return (x if wide else x.mT).to(matrices.dtype)
 
 
-def warmed_up(step: int, *, steps: int, lr: float, warmup: int, decay: Callable[[float], float]) -> float:
+def learning_rate(step: int, *, steps: int, lr: float, warmup: int, decay: Callable[[float], float]) -> float:
     """Returns the learning rate of update `step`: linear up to `lr` in `warmup` updates, then lr·decay(share), where
     the share of the rest that is done goes from 0 to 1.
     """
@@ -134,3 +134,6 @@ def cosine(share: float) -> float:
 def linear(share: float) -> float:
     """A straight line from 1 to 0."""
     return 1 - share
+
+
+DECAYS = {"cosine": cosine, "linear": linear}  # how a learning rate falls, by the name in `optim.decay`

@@ -6,6 +6,7 @@ configuration and takes from it what is needed.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from minidiff.machine import (
     require_equal_weights,
     require_space,
 )
-from minidiff.optim import warmed_up
+from minidiff.optim import DECAYS, learning_rate
 from minidiff.pipeline import find_checkpoint
 from minidiff.redact import redact_values
 from minidiff.resume import checkpoint_to_resume, require_same_run
@@ -113,10 +114,7 @@ class Run:
     def updates(self) -> Iterator[fit.Step]:
         """Yields after every optimizer update that is still to do."""
         optim = self.values["optim"]
-        decay = build(optim["decay"])
-
-        def learning_rate(step: int) -> float:
-            return warmed_up(step, steps=self.steps, lr=optim["lr"], warmup=optim["warmup"], decay=decay)
+        decay = DECAYS[optim["decay"]]
 
         def loss(batch):
             if self.source.buffer_size is not None:  # of a stream, the words are not known before
@@ -135,7 +133,7 @@ class Run:
             self.accelerator,
             steps=self.steps,
             start=self.start,
-            learning_rate=learning_rate,
+            learning_rate=partial(learning_rate, steps=self.steps, lr=optim["lr"], warmup=optim["warmup"], decay=decay),
             clip=optim["clip"],
         )
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from minidiff.optim import MATRIX_LR, cosine, linear, make_adamw, make_muon, orthogonal, warmed_up
+from minidiff.config.ranges import CHOICES
+from minidiff.optim import DECAYS, MATRIX_LR, cosine, learning_rate, linear, make_adamw, make_muon, orthogonal
 from minidiff.state import flatten_optimizer, unflatten_optimizer
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -79,11 +80,15 @@ def test_muon_goes_on_bitwise_after_a_checkpoint():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("decay", "at_a_quarter"), [(cosine, 1 + 0.5**0.5), (linear, 1.5)])
-def test_learning_rate_warms_up_and_falls_to_zero(decay, at_a_quarter):
-    rates = [warmed_up(k, steps=110, lr=2.0, warmup=10, decay=decay) for k in range(111)]
+@pytest.mark.parametrize(("decay", "after_a_third"), [(cosine, 1.5), (linear, 4 / 3)])
+def test_learning_rate_warms_up_and_falls_to_zero(decay, after_a_third):
+    rates = [learning_rate(k, steps=100, lr=2.0, warmup=10, decay=decay) for k in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
-    assert rates[35] == pytest.approx(at_a_quarter)
-    assert rates[60] == pytest.approx(1.0) and rates[110] == pytest.approx(0.0)
+    assert rates[40] == pytest.approx(after_a_third)
+    assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)
     assert all(b < a for a, b in zip(rates[10:], rates[11:], strict=False))
-    assert warmed_up(0, steps=10, lr=1.0, warmup=0, decay=decay) == 1.0
+    assert learning_rate(0, steps=10, lr=1.0, warmup=0, decay=decay) == 1.0
+
+
+def test_every_decay_that_a_configuration_may_name_exists():
+    assert set(CHOICES["optim.decay"]) == DECAYS.keys()

@@ -41,6 +41,7 @@ CHOICES = {
     "deterministic": (True, False),
     "empty_caption": ("unconditional", "drop", "raise"),
     "weights": ("ema", "raw"),
+    "optim.decay": ("cosine", "linear"),
 }
 
 
@@ -48,21 +49,27 @@ def check(values: Mapping, ranges: Mapping[str, tuple]) -> None:
     """Checks the scalars of a configuration all at once; raises InputError (MD-CONF-005) that lists every problem."""
     problems = []
     for key, (kind, low, high) in ranges.items():
-        value = functools.reduce(
-            lambda node, part: node.get(part) if isinstance(node, Mapping) else None, key.split("."), values
-        )
+        value = _value(values, key)
         whole = isinstance(value, int) and not isinstance(value, bool)
         number = whole or (kind is float and isinstance(value, float) and math.isfinite(value))
         if value is not None and not (number and low <= value <= high):
             words = "a whole number" if kind is int else "a number"
             problems.append(f"{key}={value} must be {words} from {low} to {high}")
     for key, options in CHOICES.items():
-        if key in values and values[key] not in options:
-            problems.append(f"{key}={values[key]} must be one of {', '.join(str(o).lower() for o in options)}")
+        value = _value(values, key, missing=options[0])
+        if value not in options:
+            problems.append(f"{key}={value} must be one of {', '.join(str(o).lower() for o in options)}")
     if problems:
         raise InputError(
             "MD-CONF-005", "; ".join(problems) + ". Correct the command line or the experiment's file in conf/."
         )
+
+
+def _value(values: Mapping, key: str, missing: object = None) -> object:
+    """Returns the value at a dotted key, or `missing` where there is none."""
+    return functools.reduce(
+        lambda node, part: node.get(part, missing) if isinstance(node, Mapping) else missing, key.split("."), values
+    )
 
 
 def check_name(name: str) -> None:
