@@ -125,18 +125,35 @@ def test_examples_are_functions_of_seed_split_and_index(split):
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_siblings_share_colours_and_background_and_differ_in_the_rest(split):
-    families = [[example(split, 8 * i + j, siblings=8) for j in range(8)] for i in range(200)]
+    families = [[example(split, 16 * i + j, siblings=16) for j in range(16)] for i in range(200)]
     swapped = 0
     for family in families:
         assert len({e.category for e in family}) == len({e.scene.background for e in family}) == 1
         assert len({frozenset(t.colour for t in e.scene.things) for e in family}) == 1
-        assert len({frozenset((t.shape, t.size, t.texture, t.place) for t in e.scene.things) for e in family}) > 4
+        looks = {frozenset((t.shape, t.size, t.texture, t.place) for t in e.scene.things) for e in family}
+        assert len(looks) > 4
         kinds = [[(t.colour, t.shape) for t in e.scene.things] for e in family]
         if family[0].category == "attribute_binding":
             assert {novelty(pair) for pair in kinds} == {(int(split == "heldout"), 0)}
             swapped += len({frozenset(pair) for pair in kinds}) == 2
     assert swapped  # with the same two colours and the same two shapes
     assert len({(f[0].scene.background, f[0].scene.things[0].colour) for f in families}) > 20
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_relation_is_true_of_one_twin_and_false_of_the_other(split):
+    pairs = 0
+    for i in range(0, 400, 2):
+        one, other = (example(split, i + j, weights={"position": 1.0}, siblings=16) for j in (0, 1))
+        assert one.scene.background == other.scene.background
+        for a, b in zip(one.scene.things, other.scene.things, strict=True):
+            assert b == replace(a, x=-a.x, y=-a.y)
+        if len(one.scene.things) == 2:
+            pairs += 1
+            for this, that in ((one, other), (other, one)):
+                assert all(claim.relation and claim.holds(this.scene) for claim in this.claims)
+                assert not any(claim.holds(that.scene) for claim in this.claims)
+    assert pairs > 100
 
 
 def test_things_stay_inside_and_apart():

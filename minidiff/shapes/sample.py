@@ -6,7 +6,7 @@ shows: a colour with a shape, or two shapes in one picture, each well known on i
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -38,6 +38,7 @@ WEIGHTS = {
 }
 CAPTIONS = 6
 FULL = 0.7  # share of captions, after the prompt, that tell all there is to see
+LINKS = ("relation", "place", "none")  # two things are told apart by a relation, by their places, or not at all
 GAP = 0.14  # between the circles around two things: more than two pixels at 32 px
 JITTER = 0.06  # of a centre, either way
 STRETCH = 0.08  # of a radius, either way
@@ -61,7 +62,9 @@ def example(
     """Makes example `index` of a split. `weights` maps categories to their share; categories left out do not occur.
 
     Each `siblings` examples in succession share category, background, colours and, in half of the families, shape. They
-    differ in the rest: texture, size, place, number, and which of two shapes has which colour.
+    differ in the rest: texture, size, place, number, and which of two shapes has which colour. Families of the category
+    `position` are twins: every second scene is the one before with all things at opposite places, so that the relation
+    between them, which all captions tell, is true of one and false of the other.
 
     Raises InputError (MD-SHAPES-001, MD-SHAPES-002) for an unknown split or category.
     """
@@ -83,9 +86,16 @@ def example(
     if siblings > 1:
         family = np.random.default_rng((seed, SPLITS.index(split), index // siblings, siblings))
     category = _pick(family, weights)
-    scene = _scene(rng, family, category, heldout=split == "heldout")
+    twins = siblings > 1 and category == "position"
+    if twins and index % siblings % 2:
+        first = np.random.default_rng((seed, SPLITS.index(split), index - 1))
+        scene = _at_opposite_places(_scene(first, family, category, heldout=split == "heldout"))
+    else:
+        scene = _scene(rng, family, category, heldout=split == "heldout")
     claims = [_prompt(rng, category, scene)]
-    claims += [_claim(rng, category, scene, detail=1.0 if rng.random() < FULL else 0.5) for _ in range(CAPTIONS - 1)]
+    for _ in range(CAPTIONS - 1):
+        detail = 1.0 if rng.random() < FULL else 0.5
+        claims.append(_claim(rng, category, scene, detail, links=("relation",) if twins else LINKS))
     captions = tuple(caption(claim, int(rng.integers(WORDINGS))) for claim in claims)
     return Example(category, scene, tuple(claims), captions)
 
@@ -154,6 +164,10 @@ def _scene(rng: np.random.Generator, family: np.random.Generator, category: str,
     return Scene(background, things)
 
 
+def _at_opposite_places(scene: Scene) -> Scene:
+    return replace(scene, things=tuple(replace(thing, x=-thing.x, y=-thing.y) for thing in scene.things))
+
+
 def _layout(rng: np.random.Generator, sizes: list[str] | tuple[str, ...]) -> list[tuple[float, float, float]]:
     """Throws things (x, y, r) into cells of the grid until none is nearer than `GAP` to another."""
     while True:
@@ -212,11 +226,12 @@ def _prompt(rng: np.random.Generator, category: str, scene: Scene) -> Claim:
     return _about(rng, category, scene, names, background, related_by=category == "position")
 
 
-def _claim(rng: np.random.Generator, category: str, scene: Scene, detail: float) -> Claim:
-    """Names the shapes, and everything else with probability `detail`."""
+def _claim(
+    rng: np.random.Generator, category: str, scene: Scene, detail: float, links: tuple[str, ...] = LINKS
+) -> Claim:
+    """Names the shapes, and everything else with probability `detail`; two things are linked by one of `links`."""
     names = {"shape"} | {name for name in ("size", "texture", "colour", "place") if rng.random() < detail}
-    # Two things are told apart by a relation, by their places, or not at all.
-    link = _any(rng, ("relation", "place", "none"))
+    link = _any(rng, links)
     if len(scene.things) > 1 and link == "none":
         names -= {"place"}
     background = scene.background if rng.random() < detail else None

@@ -1,9 +1,13 @@
 """Contrastive language-image pre-training: trains an OpenCLIP model so that captions and pictures that belong together
 agree.
 
-    loss = ½·CE(s·I·Tᵀ) + ½·CE(s·T·Iᵀ),  I, T: (b, e) of unit length, correct pairs on the diagonal
+    loss = ½·CE(s·I·Tᵀ) + ½·CE(s·T·Iᵀ) + mean of −log σ(s·tᵢ·(iᵢ − iⱼ)),   j: the neighbour of i,
+    I, T: (b, e) of unit length, correct pairs on the diagonal
 
-(Radford et al. 2021, figure 3.) Its text half then becomes the frozen text encoder of the diffusion model.
+The first two terms are of Radford et al. 2021 (figure 3). In the third, which they do not have, a caption chooses
+between its own picture and its neighbour's. Among hundreds of wrong answers, one that differs in the order of two words
+hardly counts; as the only one it does (cf. Yüksekgönül et al. 2023, "When and why vision-language models behave like
+bags-of-words"). The text half then becomes the frozen text encoder of the diffusion model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,19 +34,28 @@ class ContrastivePretraining(Task):
         self.tokenizer = Tokenizer(model)
 
     def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Returns the symmetric cross-entropy, and the share of captions that find their own picture first."""
+        """Returns the loss, the share of captions that find their own picture first (`retrieval`), and of those that
+        prefer it to their neighbour's (`pairs`; rows 0 and 1 are neighbours, 2 and 3, …).
+        """
         logits = self._logits(batch)
         truth = torch.arange(len(logits), device=logits.device)
         loss = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
-        return loss, {"retrieval": (logits.T.argmax(1) == truth).float().mean().detach()}
+        neighbour = (truth ^ 1).where(truth ^ 1 < len(truth), truth - 1)  # the last of an odd number has the one before
+        own, other = logits.T[truth, truth], logits.T[truth, neighbour]
+        loss = loss + F.softplus(other - own).mean()
+        shares = {"retrieval": logits.T.argmax(1) == truth, "pairs": own > other}
+        return loss, {name: share.float().mean().detach() for name, share in shares.items()}
 
     @torch.no_grad()
     def validate(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Returns val_loss and the retrieval rate within batches."""
+        """Returns val_loss, and the shares of `loss` within batches."""
         results = [self.loss(batch) for batch in batches]
         return {
             "val_loss": torch.stack([loss for loss, _ in results]).mean().item(),
-            "val_retrieval": torch.stack([extra["retrieval"] for _, extra in results]).mean().item(),
+            **{
+                f"val_{name}": torch.stack([e[name] for _, e in results]).mean().item()
+                for name in ("retrieval", "pairs")
+            },
         }
 
     @torch.no_grad()
