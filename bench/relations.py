@@ -1,5 +1,5 @@
-"""Whether a run hears relations: of prompts such as "a red star left of a blue ring", how many pictures show both things
-as told, and in how many of these they also stand as told.
+"""Whether a run hears relations: of prompts such as "a red star left of a blue ring", how many pictures show both
+things as told, and in how many of these they also stand as told.
 
     python bench/relations.py run=data/shapes_run          the bundled run; a minute
     python bench/relations.py run=runs/a run=runs/b --prompts 300 --split test
