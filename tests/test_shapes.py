@@ -125,13 +125,13 @@ def test_examples_are_functions_of_seed_split_and_index(split):
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_siblings_share_colours_and_background_and_differ_in_the_rest(split):
-    families = [[example(split, 16 * i + j, siblings=16) for j in range(16)] for i in range(200)]
+    families = [[example(split, 8 * i + j, siblings=8) for j in range(8)] for i in range(200)]
     swapped = 0
     for family in families:
         assert len({e.category for e in family}) == len({e.scene.background for e in family}) == 1
         assert len({frozenset(t.colour for t in e.scene.things) for e in family}) == 1
         looks = {frozenset((t.shape, t.size, t.texture, t.place) for t in e.scene.things) for e in family}
-        assert len(looks) > 4
+        assert len(looks) > (2 if family[0].category == "position" else 4)  # twins are half as many
         kinds = [[(t.colour, t.shape) for t in e.scene.things] for e in family]
         if family[0].category == "attribute_binding":
             assert {novelty(pair) for pair in kinds} == {(int(split == "heldout"), 0)}
