@@ -49,14 +49,8 @@ class ContrastivePretraining(Task):
     @torch.no_grad()
     def validate(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Returns val_loss, and the shares of `loss` within batches."""
-        results = [self.loss(batch) for batch in batches]
-        return {
-            "val_loss": torch.stack([loss for loss, _ in results]).mean().item(),
-            **{
-                f"val_{name}": torch.stack([e[name] for _, e in results]).mean().item()
-                for name in ("retrieval", "pairs")
-            },
-        }
+        results = [{"loss": loss} | shares for loss, shares in map(self.loss, batches)]
+        return {f"val_{name}": torch.stack([r[name] for r in results]).mean().item() for name in results[0]}
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> "Image.Image":  # noqa: F821
