@@ -23,7 +23,6 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="run=FOLDER")
     parser.add_argument("--prompts", type=int, default=300, help="of which about three quarters tell of two things")
     parser.add_argument("--split", default="heldout")
-    parser.add_argument("--candidates", type=int, default=1)
     values = pairs.parse(parser)
     asked = [example(values.split, i, weights={"position": 1.0}) for i in range(values.prompts)]
     asked = [e for e in asked if e.claims[0].relation]
@@ -31,7 +30,7 @@ def main() -> None:
     for name in values.runs:
         pipe = load(name.removeprefix("run="), device="cpu")
         prompts = [e.captions[0] for e in asked]
-        images = pipe.sample(prompts, range(len(asked)), candidates=values.candidates)
+        images = pipe.sample(prompts, range(len(asked)))
         told = [(e.claims[0], parse(np.asarray(to_pil(image)))) for e, image in zip(asked, images, strict=True)]
         both = sum(replace(claim, relation=None).holds(scene) for claim, scene in told)
         right = sum(claim.holds(scene) for claim, scene in told)

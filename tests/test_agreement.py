@@ -43,6 +43,16 @@ def test_a_picture_fits_its_own_caption_better_than_one_that_is_wrong_in_one_wor
     assert (right > other).float().mean() > 0.9
 
 
+def test_a_picture_fits_the_relation_that_is_true_of_it_better_than_its_opposite(agreement):
+    examples = [example("test", i, weights={"position": 1.0}) for i in range(COUNT)]
+    examples = [e for e in examples if e.claims[0].relation]
+    claims = [e.claims[0] for e in examples]
+    opposite = [replace(claim, things=claim.things[::-1]) for claim in claims]
+    images = pictures(examples, 32).float() / 127.5 - 1
+    right, other = (agreement(images, [caption(claim, 0) for claim in some]) for some in (claims, opposite))
+    assert len(examples) > 20 and (right > other).float().mean() > 0.9
+
+
 def test_pictures_are_shown_as_in_training(agreement, scenes):
     task = ContrastivePretraining()
     task.model.load_state_dict(agreement._clip.state_dict())

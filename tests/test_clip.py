@@ -1,4 +1,4 @@
-"""The contrastive task: its loss against a plain reading of its formula, and what its training has to teach."""
+"""The contrastive task: its loss against a plain reading of its formula, and what its validation says."""
 
 import math
 
