@@ -59,16 +59,28 @@ def noise(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
 
 
+def thrown_anew(scene: Scene, draws: int, rng: np.random.Generator, px: int) -> Float[Tensor, "draws 3 px px"]:
+    """Renders a scene of one thing with its jitter drawn anew."""
+    things = [jittered(scene.things[0], rng) for _ in range(draws)]
+    return pictures([Scene(scene.background, (thing,)) for thing in things], px)
+
+
+def posterior_mean(
+    candidates: Float[Tensor, "draws 3 px px"], xt: Float[Tensor, "3 px px"], alpha: float, sigma: float
+) -> Float[Tensor, "3 px px"]:
+    """Returns x0*: the mean of the candidates, weighted by how well each fits."""
+    misfit = (xt - alpha * candidates).square().flatten(1).sum(1)
+    return torch.einsum("j,jchw->chw", torch.softmax(-misfit / (2 * sigma**2), dim=0), candidates)
+
+
 def best(scenes: Sequence[Scene], x0: Tensor, levels: Sequence[tuple[float, float]], draws: int) -> list[float]:
     """Returns the error of x0* at each (alpha, sigma)."""
     rng, eps, errors = np.random.default_rng(0), noise(x0), torch.zeros(len(levels))
     for scene, x, e in zip(scenes, x0, eps, strict=True):
-        things = [jittered(scene.things[0], rng) for _ in range(draws)]
-        candidates = pictures([Scene(scene.background, (thing,)) for thing in things], x.shape[-1])
+        candidates = thrown_anew(scene, draws, rng, x.shape[-1])
         for i, (alpha, sigma) in enumerate(levels):
-            misfit = (alpha * x + sigma * e - alpha * candidates).square().flatten(1).sum(1)
-            weights = torch.softmax(-misfit / (2 * sigma**2), dim=0)
-            errors[i] += (torch.einsum("j,jchw->chw", weights, candidates) - x).square().mean() / len(scenes)
+            mean = posterior_mean(candidates, alpha * x + sigma * e, alpha, sigma)
+            errors[i] += (mean - x).square().mean() / len(scenes)
     return errors.tolist()
 
 
@@ -84,9 +96,9 @@ def of_run(pipe: Pipeline, captions: list[str], x0: Tensor, times: Float[Tensor,
     return errors
 
 
-def levels_of(process: Process) -> tuple[Float[Tensor, " n"], list[tuple[float, float]]]:
-    """Returns the times at which alpha/sigma is as in RATIOS, and (alpha, sigma) there."""
-    times = process.t_of_log_snr(2 * torch.tensor(RATIOS, dtype=torch.float64).log())
+def levels_of(process: Process, ratios: Sequence[float]) -> tuple[Float[Tensor, " n"], list[tuple[float, float]]]:
+    """Returns the times at which alpha/sigma is as in `ratios`, and (alpha, sigma) there."""
+    times = process.t_of_log_snr(2 * torch.tensor(ratios, dtype=torch.float64).log())
     return times, [(process.alpha(t).item(), process.sigma(t).item()) for t in times]
 
 
@@ -101,7 +113,7 @@ def main() -> None:
     print(f"{'alpha/sigma':<24}" + "".join(f"{ratio:>8g}" for ratio in RATIOS))
     for k, name in enumerate(values.runs):
         pipe = load(name.removeprefix("run="), device="cpu")
-        times, levels = levels_of(pipe.denoiser.process)
+        times, levels = levels_of(pipe.denoiser.process, RATIOS)
         x0 = pictures(scenes, pipe.space.image_size)
         if k == 0 and values.draws:
             show("the best", best(scenes, x0, levels, values.draws), scenes=len(scenes), draws=values.draws)

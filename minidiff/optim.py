@@ -18,7 +18,6 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 
 EPS = 1e-8  # of AdamW
-MOMENTUM = 0.9  # of Muon: a few updates longer or shorter learns slower here (docs/experiments.md)
 MATRIX_LR = 10.0  # Muon's learning rate over AdamW's: 0.02 where AdamW takes 2e-3
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a·s + b·s³ + c·s⁵ brings every s in (0, 1] towards 1
 
@@ -42,7 +41,10 @@ def make_muon(model: nn.Module, lr: float, betas: Sequence[float], weight_decay:
 
 
 class Muon(Optimizer):
-    """Muon for the groups of `matrices`, AdamW for the others. A kernel (o, i, h, w) is the matrix (o, i·h·w)."""
+    """Muon for the groups of `matrices`, AdamW for the others; the first of `betas` is the momentum of both.
+
+    A kernel (o, i, h, w) is the matrix (o, i·h·w).
+    """
 
     def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
@@ -60,13 +62,13 @@ class Muon(Optimizer):
         return loss
 
     def _muon(self, parameters: list[Tensor], group: dict) -> None:
-        lr = MATRIX_LR * group["lr"]
+        lr, momentum = MATRIX_LR * group["lr"], group["betas"][0]
         for p in parameters:
             if p not in self.state:
                 self.state[p] = {"momentum": torch.zeros_like(p)}
         grads, momenta = [p.grad for p in parameters], [self.state[p]["momentum"] for p in parameters]
-        torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
-        updates = torch._foreach_lerp(grads, momenta, MOMENTUM)  # Nesterov's: as if one step ahead
+        torch._foreach_lerp_(momenta, grads, 1 - momentum)
+        updates = torch._foreach_lerp(grads, momenta, momentum)  # Nesterov's: as if one step ahead
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         by_shape = defaultdict(list)  # matrices of one shape are made orthogonal together
         for p, update in zip(parameters, updates, strict=True):
