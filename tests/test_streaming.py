@@ -37,6 +37,20 @@ def levels(batches) -> list[int]:
     return [int(image[0, 0, 0]) for batch in batches for image in batch.images]
 
 
+def test_a_worker_that_begins_its_next_pass_leaves_the_others_in_theirs(tmp_path):
+    source = data.parquet(files(tmp_path), streaming=True, buffer_size=8)
+    reader = data.RowReader(source.image, source.caption, 8)
+    samples = data.StreamedImages(source, reader, 2, start=0, rank=0, ranks=1, positions=[{"epoch": 0}])
+    ahead, behind = iter(samples), iter(samples)
+    alone = take(iter(samples), 3)
+    first = next(behind)
+    passed = take(ahead, 30)  # of 2 rows; a pass has 38
+    assert passed[-1].position[1]["epoch"] == 1
+    together = [first, *take(behind, 2)]
+    assert [batch.position[1]["epoch"] for batch in together] == [0, 0, 0]
+    assert [b.position for b in together] == [b.position for b in alone] and levels(together) == levels(alone)
+
+
 @pytest.mark.parametrize("parts, workers", [(1, 0), (4, 0), (4, 2), (1, 2)])
 def test_R3_a_stream_gives_every_row_once_a_pass_in_a_new_order(tmp_path, parts, workers):
     source = data.parquet(files(tmp_path, parts=parts), streaming=True, buffer_size=8)

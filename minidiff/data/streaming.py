@@ -43,8 +43,8 @@ class StreamedImages(IterableDataset):
         ranks: int,
         positions: Sequence[dict],
     ) -> None:
-        self.rows = part_of(source, reader.seed, rank, ranks)
         self.source, self.reader, self.batch_size = source, reader, batch_size
+        self.rank, self.ranks = rank, ranks
         self.first, self.stride, self.positions = start + rank * batch_size, batch_size * ranks, positions
 
     def __iter__(self) -> Iterator[Batch | MinidiffError]:
@@ -53,11 +53,14 @@ class StreamedImages(IterableDataset):
         me, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         # DataLoader asks its workers in turn, so that worker w makes the batches w, w + workers, …
         begins = count(self.first + me * self.stride, workers * self.stride)
-        samples = self._samples((i for begin in begins for i in range(begin, begin + self.batch_size)), me)
+        # Made here and not before: `datasets` keeps the pass in memory that is shared with the processes to come, where
+        # a worker that begins its next pass would take the others along.
+        rows = part_of(self.source, self.reader.seed, self.rank, self.ranks)
+        samples = self._samples(rows, (i for begin in begins for i in range(begin, begin + self.batch_size)), me)
         try:
             while True:
                 batch = collate([next(samples) for _ in range(self.batch_size)])
-                yield replace(batch, position=(me, self.rows.state_dict()))
+                yield replace(batch, position=(me, rows.state_dict()))
         except MinidiffError as error:
             yield error
         except Exception as error:
@@ -67,9 +70,9 @@ class StreamedImages(IterableDataset):
                 "workers=0 debug=true.",
             )
 
-    def _samples(self, places: Iterator[int], worker: int) -> Iterator[Sample]:
+    def _samples(self, rows: "datasets.IterableDataset", places: Iterator[int], worker: int) -> Iterator[Sample]:  # noqa: F821
         skipped: list[str] = []
-        for row in self._rows(self.positions[worker]):
+        for row in self._pass_after_pass(rows, self.positions[worker]):
             try:
                 picture, captions = self.reader.read(row)
             except (BadImage, UnicodeDecodeError) as error:
@@ -81,15 +84,15 @@ class StreamedImages(IterableDataset):
             yield Sample(picture, self.reader.pick(captions, i), i, skipped, None)
             skipped = []
 
-    def _rows(self, position: dict) -> Iterator[dict]:
+    def _pass_after_pass(self, rows: "datasets.IterableDataset", position: dict) -> Iterator[dict]:  # noqa: F821
         """Yields this worker's rows, pass after pass, each in another order."""
         if "examples_iterable" in position:
-            self.rows.load_state_dict(position)
+            rows.load_state_dict(position)
         empty = 0
         for epoch in count(position["epoch"]):
-            self.rows.set_epoch(epoch)
+            rows.set_epoch(epoch)
             empty += 1
-            admitted = (row for row in patient(self.rows) if admits(self.source, row[self.reader.caption]))
+            admitted = (row for row in patient(rows) if admits(self.source, row[self.reader.caption]))
             for row in self._shuffled(admitted, epoch):
                 empty = 0
                 yield row
