@@ -25,8 +25,8 @@ from denoising import levels_of, noise, pictures, posterior_mean, thrown_anew, t
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff.cond import Cond
 from minidiff.pipeline import Pipeline, load
-from minidiff.process import Process
 from minidiff.shapes import COLOURS, SHAPES, TEXTURES, Scene, example
 
 RATIOS = (0.001, 0.1, 0.2, 0.45, 1.2, 5.0)  # alpha over sigma
@@ -40,15 +40,20 @@ def twin(scene: Scene, attribute: str) -> Scene:
     return replace(scene, things=(replace(thing, **{attribute: other}),))
 
 
-def best_difference(
-    scene: Scene, other: Scene, x0: Tensor, eps: Tensor, levels: list[tuple[float, float]], draws: int
-) -> Float[Tensor, "levels 3 h w"]:
-    """Returns what the best denoiser answers to xt of `scene` if it is told `scene`, less if it is told `other`."""
-    means = []
-    for claimed in (scene, other):  # with the same jitter
-        candidates = thrown_anew(claimed, draws, np.random.default_rng(0), x0.shape[-1])
-        means.append(torch.stack([posterior_mean(candidates, a * x0 + s * eps, a, s) for a, s in levels]))
-    return means[0] - means[1]
+def best_differences(
+    scenes: list[Scene], twins: list[Scene], x0: Tensor, levels: list[tuple[float, float]], draws: int
+) -> Float[Tensor, "levels n 3 h w"]:
+    """Returns what the best denoiser answers to xt of each scene if it is told the scene, less if it is told the twin,
+    at each (alpha, sigma).
+    """
+    differences = []
+    for scene, other, x, eps in zip(scenes, twins, x0, noise(x0), strict=True):
+        means = []
+        for claimed in (scene, other):  # with the same jitter
+            candidates = thrown_anew(claimed, draws, np.random.default_rng(0), x.shape[-1])
+            means.append(torch.stack([posterior_mean(candidates, a * x + s * eps, a, s) for a, s in levels]))
+        differences.append(means[0] - means[1])
+    return torch.stack(differences, dim=1)
 
 
 @torch.no_grad()
@@ -59,7 +64,7 @@ def heard_and_seen(
     said, other = (pipe.text(texts) for texts in captions)
     process, eps = pipe.denoiser.process, noise(x0[0])
 
-    def answer(pictures: Tensor, t: Tensor, cond) -> Tensor:
+    def answer(pictures: Tensor, t: Tensor, cond: Cond) -> Tensor:
         xt = process.alpha(t).float() * pictures + process.sigma(t).float() * eps
         return pipe.space.decode(pipe.denoiser(pipe.space.encode(xt), t, cond)[0])
 
@@ -75,14 +80,6 @@ def share(difference: Float[Tensor, "n 3 h w"], ideal: Float[Tensor, "n 3 h w"])
     """Returns how much of an ideal there is in a difference, the mean over scenes."""
     along, whole = (difference * ideal).flatten(1).sum(1), ideal.square().flatten(1).sum(1)
     return (along / whole).mean().item()
-
-
-def best_differences(
-    process: Process, scenes: list[Scene], twins: list[Scene], x0: Tensor, draws: int
-) -> Float[Tensor, "levels n 3 h w"]:
-    levels = levels_of(process, RATIOS)[1]
-    every = zip(scenes, twins, x0, noise(x0), strict=True)
-    return torch.stack([best_difference(*one, levels, draws) for one in every], dim=1)
 
 
 def main() -> None:
@@ -102,9 +99,10 @@ def main() -> None:
     for name in values.runs:
         pipe = load(name.removeprefix("run="), device="cpu")
         x0 = pictures(scenes, pipe.space.image_size), pictures(twins, pipe.space.image_size)
+        times, levels = levels_of(pipe.denoiser.process, RATIOS)
         if best is None:
-            best = best_differences(pipe.denoiser.process, scenes, twins, x0[0], values.draws)
-        heard, seen = heard_and_seen(pipe, captions, x0, best, levels_of(pipe.denoiser.process, RATIOS)[0])
+            best = best_differences(scenes, twins, x0[0], levels, values.draws)
+        heard, seen = heard_and_seen(pipe, captions, x0, best, times)
         for what, shares in (("heard", heard), ("seen", seen)):
             print(f"{name:<25}{what:<7}" + "".join(f"{x:8.2f}" for x in shares), flush=True)
         pairs.record(name, attribute=values.attribute, alpha_over_sigma=RATIOS, heard=heard, seen=seen)

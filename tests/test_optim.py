@@ -55,7 +55,7 @@ def test_the_first_beta_is_the_momentum_of_matrices():
     for beta in (0.0, 0.9):
         for first in (0, 1):
             model = small_model()
-            optimizer = make_muon(model, lr=1e-2, betas=(beta, 0.99), weight_decay=0.0)
+            optimizer = make_muon(model, **OPTIONS | {"betas": (beta, 0.99)})
             descend(model, optimizer, seed=first)
             model.load_state_dict(small_model().state_dict())
             descend(model, optimizer, seed=2)
