@@ -44,11 +44,22 @@ class Denoiser(nn.Module):
         return solve(self.objective, xt, y, alpha, sigma)
 
     def loss(
-        self, x0: Float[Tensor, "b ..."], cond: Cond | None, t: Tensor | float, eps: Float[Tensor, "b ..."]
+        self,
+        x0: Float[Tensor, "b ..."],
+        cond: Cond | None,
+        t: Tensor | float,
+        eps: Float[Tensor, "b ..."],
+        shown: Float[Tensor, "b ..."] | None = None,
     ) -> Float[Tensor, " b"]:
-        """Returns each row's weighted mean squared error of y, in the dtype of `x0` even under autocast."""
+        """Returns each row's weighted mean squared error of y, in the dtype of `x0` even under autocast.
+
+        `shown` is what the noise is added to, if not `x0` itself; the answer that leads to `x0` is asked for even so.
+        """
         alpha, sigma, tau = self._at(t, x0)
-        y = self._answer(alpha * x0 + sigma * eps, alpha, sigma, tau, cond)
+        xt = alpha * (x0 if shown is None else shown) + sigma * eps
+        y = self._answer(xt, alpha, sigma, tau, cond)
+        if shown is not None:
+            eps = (xt - alpha * x0) / sigma  # all of xt that x0 does not explain
         error = (y - target(self.objective, x0, eps, alpha, sigma)) ** 2
         weight = self.weighting(alpha, sigma, determinant(self.objective, alpha, sigma))
         return (weight * error).flatten(1).mean(1)

@@ -113,11 +113,17 @@ class Cosine(Process):
 
     `shift` multiplies alpha/sigma: below 1 there is more noise at every time, so that more of the training goes to what
     text decides, layout and form (Hoogeboom et al. 2023, "simple diffusion", eq. 6, shifts so for larger pictures).
+    `middle` gives the times around 1/2 a density of 1/(1 - middle) in training, and those at the ends 1/(1 + middle).
     """
 
     s: float = 0.008  # keeps the first steps from being too small
     shift: float = 1.0
+    middle: float = 0.0  # from 0 to below 1
     t_max = 0.999
+
+    def draw(self, u: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        even = 1 - u
+        return self.t_max * (even + self.middle * torch.sin(2 * math.pi * even) / (2 * math.pi))
 
     def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         data, noise = self._unshifted(t)

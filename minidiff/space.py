@@ -1,6 +1,6 @@
 """The space that diffusion runs in: the pixels themselves, or the latents of a frozen autoencoder.
 
-    x0 = space.encode(images)        images = space.decode(x0)
+    x0 = space.encode(images)        images = space.decode(x0)        soft = space.blur(x0, spread)
 
 Images are (b, 3, h, w) in [−1, 1]. `space.shape` is the shape of one x0, which the network and the samplers work on;
 `factor` pixels, in height and in width, share one of its positions. What a space has measured or was built on is its
@@ -53,6 +53,10 @@ class Pixels:
 
     def decode(self, x0: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
         return rearrange(x0, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
+
+    def blur(self, x0: Float[Tensor, "b c h2 w2"], spread: Float[Tensor, " b"]) -> Float[Tensor, "b c h2 w2"]:
+        """Returns x0 of the pictures under a Gaussian blur of standard deviation `spread`, in widths of the picture."""
+        return self.encode(blurred(self.decode(x0), spread))
 
     def measure(self, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> None:
         """Does nothing: pixels are what they are."""
@@ -109,6 +113,10 @@ class Latents:
         z = x0 / self.vae.scale + self.vae.shift
         with torch.autocast(z.device.type, enabled=False):
             return torch.cat([self.vae.decode(part) for part in z.float().split(self.at_once)])
+
+    def blur(self, x0: Float[Tensor, "b c h2 w2"], spread: Float[Tensor, " b"]) -> Float[Tensor, "b c h2 w2"]:
+        """Returns the latents under a Gaussian blur of standard deviation `spread`, in widths of the picture."""
+        return blurred(x0, spread)
 
     @torch.no_grad()
     def code(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
@@ -173,3 +181,19 @@ class Latents:
 
 
 Space = Pixels | Latents
+
+
+def blurred(x: Float[Tensor, "b c h w"], spread: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+    """Returns each map under a Gaussian blur of its own standard deviation `spread`, in widths of the map; 0 changes
+    nothing. Near the border the mean is over what lies inside.
+    """
+
+    def weights(n: int) -> Float[Tensor, "b 1 n n"]:
+        place = torch.arange(n, device=x.device) / x.shape[-1]
+        distance = (place[:, None] - place) / spread.clamp(min=1e-6)[:, None, None]
+        near = torch.exp(-0.5 * distance**2)
+        return (near / near.sum(-1, keepdim=True))[:, None]
+
+    with torch.autocast(x.device.type, enabled=False):  # x0 is data: never rounded to half precision
+        soft = weights(x.shape[-2]) @ x @ weights(x.shape[-1]).mT
+    return torch.where(spread[:, None, None, None] > 0, soft, x)

@@ -114,7 +114,7 @@ def test_every_experiment_composes_and_says_how_to_run_it(name):
 
 def test_the_top_level_keys_are_frozen():
     assert set(compose("train", [])) == {
-        *("name", "seed", "steps", "batch_size", "accumulate", "image_size", "background", "drop_cond", "ema"),
+        *("name", "seed", "steps", "batch_size", "accumulate", "image_size", "background", "drop_cond", "blur", "ema"),
         *(
             "guidance",
             "sampling_steps",

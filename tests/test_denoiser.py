@@ -50,14 +50,27 @@ def test_an_exact_net_makes_an_exact_denoiser(process, objective):
         torch.testing.assert_close(answer, exact, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("shown", [None, [0.1, 0.4]], ids=["x0_is_shown", "another_is_shown"])
 @pytest.mark.parametrize("process, objective", PAIRS)
-def test_knowing_the_answer_costs_nothing(process, objective):
-    # if all data is one point, xt tells eps, so an exact net makes no error
+def test_knowing_the_answer_costs_nothing(process, objective, shown):
+    # if all data is one point, an exact net knows x0, wherever xt comes from, and makes no error
     point = GaussianMixture(torch.tensor([[0.3, -0.7]]).double(), torch.zeros(1).double(), torch.ones(1).double())
     denoiser = Denoiser(ExactNet(point, process, objective), process, objective, MinSNR())
     x0, t = point.means.expand(6, 2), torch.linspace(0.3, process.t_max, 6, dtype=torch.float64)
-    loss = denoiser.loss(x0, None, t, normal(6, 2, dtype=torch.float64))
+    shown = shown and torch.tensor(shown).double().expand(6, 2)
+    loss = denoiser.loss(x0, None, t, normal(6, 2, dtype=torch.float64), shown)
     torch.testing.assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("process, objective", PAIRS)
+def test_who_is_shown_another_picture_is_judged_by_the_error_of_x0_hat(process, objective):
+    denoiser = Denoiser(Recorder(torch.sin), process, objective, MinSNR(gamma=2.0))
+    x0, shown, eps = (normal(6, 2, seed=i, dtype=torch.float64) for i in range(3))
+    t = torch.linspace(0.3, 0.9, 6, dtype=torch.float64)
+    alpha, sigma = (f(t[:, None]) for f in (process.alpha, process.sigma))
+    x0_hat, _ = denoiser(alpha * shown + sigma * eps, t, None)
+    error = torch.minimum((alpha / sigma) ** 2, torch.tensor(2.0)) * (x0_hat - x0) ** 2
+    torch.testing.assert_close(denoiser.loss(x0, None, t, eps, shown), error.mean(1), rtol=1e-6, atol=1e-9)
 
 
 def test_the_loss_of_the_best_net_is_what_cannot_be_known():

@@ -22,6 +22,7 @@ PRESERVING = [
     ScaledLinear(),
     Cosine(),
     Cosine(shift=0.5),
+    Cosine(shift=0.5, middle=0.5),
     Sigmoid(),
     ZeroTerminalSNR(ScaledLinear()),
     ZeroTerminalSNR(Cosine()),
@@ -153,6 +154,16 @@ def test_most_processes_draw_evenly():
     t = Cosine().draw(u)
     quarters = torch.histc(t, bins=4, min=0, max=0.999) / len(t)
     torch.testing.assert_close(quarters, torch.full_like(quarters, 0.25), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("middle", [0.0, 0.5, 0.9])
+def test_cosine_draws_the_middle_times_as_densely_as_it_says(middle):
+    u = times(n=100_001)[:-1] + 0.5e-5
+    t = Cosine(middle=middle).draw(u) / Cosine.t_max
+    assert (t.diff() < 0).all() and t.min() > 0 and t.max() < 1
+    density = torch.histc(t, bins=1001, min=0, max=1) * 1001 / len(t)
+    torch.testing.assert_close(density[500].item(), 1 / (1 - middle), rtol=0.02, atol=0)
+    torch.testing.assert_close(density[[0, -1]], torch.full((2,), 1 / (1 + middle)).double(), rtol=0.02, atol=0)
 
 
 def test_edm_draws_log_normal_noise():

@@ -7,7 +7,7 @@ import torch
 from minidiff.errors import CheckpointError, InputError, NumericsError
 from minidiff.nn.tiny_vae import TinyVAE
 from minidiff.nn.vae import VAE
-from minidiff.space import Latents, Pixels
+from minidiff.space import Latents, Pixels, blurred
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real data, where it exists
 
@@ -114,3 +114,18 @@ def test_real_taef2_is_a_space_to_train_in():
     x0 = space.encode(images)
     assert x0.std(correction=0).item() == pytest.approx(1, rel=1e-4)
     assert (space.decode(x0) - images).square().mean() < 0.01
+
+
+def test_blurred_is_torchvisions_blur_away_from_the_border():
+    from torchvision.transforms.v2.functional import gaussian_blur
+
+    images, spreads = torch.rand(3, 3, 48, 64), torch.tensor([0.02, 0.03, 0.05])
+    softened = blurred(images, spreads)
+    for image, spread, soft in zip(images, spreads, softened, strict=True):
+        peer = gaussian_blur(image, [31, 31], [64 * spread.item()] * 2)
+        torch.testing.assert_close(soft[:, 16:-16, 16:-16], peer[:, 16:-16, 16:-16], rtol=0, atol=1e-4)
+    plain = torch.full((2, 3, 8, 8), 0.3)
+    torch.testing.assert_close(blurred(plain, torch.tensor([1e-4, 10.0])), plain)  # also at the border
+    assert torch.equal(blurred(images, torch.zeros(3)), images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(blurred(images, spreads), softened)  # data is not rounded

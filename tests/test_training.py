@@ -10,7 +10,8 @@ from conftest import train
 
 from minidiff import checkpoint
 from minidiff.errors import MachineError, NumericsError
-from minidiff.tasks.diffusion import TextToImage
+from minidiff.space import blurred
+from minidiff.tasks.diffusion import BLUR, Draws, TextToImage
 
 FAST = ["every.preview=100", "every.validate=100", "every.save=100", "data.n=24", "optim=adamw"]
 
@@ -174,3 +175,37 @@ def test_E2_a_disk_without_room_for_one_checkpoint_is_said_before_training(tmp_p
     with pytest.raises(MachineError, match="MD-ENV-005.*4 MiB free.*takes about 5"):  # 0.30 M parameters
         train(tmp_path, *FAST, "steps=1")
     assert not list(tmp_path.rglob("step_*"))
+
+
+def test_blur_takes_its_share_of_the_samples_and_changes_no_other_draw():
+    sharp, soft = (Draws(seed=1, drop_cond=0.1, blur=blur, shape=(1, 1, 1))(range(4000)) for blur in (0.0, 0.5))
+    assert all(torch.equal(x, y) for x, y in zip(sharp[:3], soft[:3], strict=True))
+    assert not sharp[3].any()
+    spreads, keep = soft[3][soft[3] > 0], soft[2]
+    assert len(spreads) / 4000 == pytest.approx(0.5, abs=0.03)
+    assert BLUR[0] <= spreads.min() < 1.05 * BLUR[0] and 0.95 * BLUR[1] < spreads.max() <= BLUR[1]
+    told, untold = ((soft[3][rows] > 0).double().mean().item() for rows in (keep, ~keep))
+    assert told == pytest.approx(untold, abs=0.08)
+
+
+def test_the_network_is_shown_the_blurred_picture_and_asked_for_the_sharp_one(monkeypatch):
+    from conftest import TINY_RUN
+
+    from minidiff.config import build, compose
+    from minidiff.data import Batch
+
+    task = build(compose("train", [*TINY_RUN, "blur=0.5"])["task"])
+    images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
+    batch = Batch(images, ["a red star"] * 32, list(range(32)), [])
+    calls = []
+    monkeypatch.setattr(
+        type(task.pipeline.denoiser), "loss", lambda self, x0, cond, t, eps, shown: calls.append((x0, shown)) or x0
+    )
+    task.loss(batch)
+    ((x0, shown),) = calls
+    spreads = task.draw(batch.index)[3]
+    assert 0 < (spreads > 0).sum() < 32
+    for image, x, seen, spread in zip(batch.x(), x0, shown, spreads, strict=True):
+        assert torch.equal(task.pipeline.space.decode(x[None])[0], image)
+        wanted = blurred(image[None], spread[None])[0]
+        torch.testing.assert_close(task.pipeline.space.decode(seen[None])[0], wanted)

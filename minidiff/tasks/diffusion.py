@@ -1,10 +1,16 @@
 """Text-to-image diffusion: what is particular to learning pictures from their captions.
 
-    x0   = space.encode(images)
-    cond = text(captions), replaced by the empty caption for a share `drop_cond` of the samples
-    loss = denoiser.loss(x0, cond, t, eps)
+    x0    = space.encode(images)
+    shown = space.blur(x0, spread) for a share `blur` of the samples, x0 for the others
+    cond  = text(captions), replaced by the empty caption for a share `drop_cond` of the samples
+    loss  = denoiser.loss(x0, cond, t, eps, shown)
 
-Noise, time and dropout of a sample depend on the run's seed and the sample's number alone (`minidiff.seeds`).
+Noise, time, dropout and blur of a sample depend on the run's seed and the sample's number alone (`minidiff.seeds`).
+
+Why blur: in training the network finds the answer in the picture, which the noise hides in part only, and learns to
+look before it learns to listen. In sampling the picture is its own early guess, a mush wherever only words could have
+told. Where details are hidden by blur, words are all there is, at every noise level, and they are learned much sooner
+(docs/experiments.md; cf. the blurred conditions of Ho et al. 2022, "Cascaded Diffusion Models", §4.2).
 """
 
 import zlib
@@ -27,12 +33,13 @@ GOLDEN = 0.6180339887498949  # (√5 − 1)/2: multiples modulo 1 fill [0, 1) as
 PREVIEWS = 16  # pictures on a sheet
 WORTH = 10_000_000  # parameters of a text encoder from which on its embeddings are kept on the disk
 NOISE_LEVELS = 10  # bins of t in which the loss is told apart
+BLUR = (1 / 32, 3 / 32)  # the least and the greatest standard deviation of a blur, in widths of the picture
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The randomness of training: noise, a uniform number for the time, and whether the caption is kept, for each
-    sample number. It travels to the processes that read.
+    """The randomness of training for each sample number: noise, a uniform number for the time, whether the caption is
+    kept, and the blur's standard deviation in widths of the picture (0: none). It travels to the processes that read.
 
     The uniform numbers are a Weyl sequence, so that every batch covers all noise levels evenly and its loss varies less
     (cf. the low-discrepancy times of Kingma et al. 2021, appendix I.1).
@@ -40,24 +47,28 @@ class Draws:
 
     seed: int
     drop_cond: float  # share of samples trained without their caption, for guidance
+    blur: float  # share of samples that are shown blurred
     shape: tuple[int, ...]  # of the space
 
     def __call__(
         self, index: Sequence[int]
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"], Bool[Tensor, " b"]]:
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"], Bool[Tensor, " b"], Float[Tensor, " b"]]:
         draws = [generator(self.seed, "noise", i) for i in index]
         keep = torch.stack([torch.rand((), generator=g) for g in draws]) >= self.drop_cond
         eps = torch.stack([torch.randn(self.shape, generator=g) for g in draws])
         start = torch.rand((), generator=generator(self.seed, "time"), dtype=torch.float64)
-        return eps, (start + GOLDEN * torch.tensor(index, dtype=torch.float64)) % 1, keep
+        u = (start + GOLDEN * torch.tensor(index, dtype=torch.float64)) % 1
+        chance, size = torch.stack([torch.rand(2, generator=g) for g in draws]).unbind(1)
+        least, greatest = BLUR
+        return eps, u, keep, torch.where(chance < self.blur, least * (greatest / least) ** size, 0.0)
 
 
 class TextToImage(Task):
     """Trains a pipeline's network; `model` is what learns and what is saved."""
 
-    def __init__(self, pipeline: Pipeline, drop_cond: float, seed: int) -> None:
+    def __init__(self, pipeline: Pipeline, drop_cond: float, blur: float, seed: int) -> None:
         self.pipeline = pipeline
-        self.draw = Draws(seed, drop_cond, tuple(pipeline.space.shape))
+        self.draw = Draws(seed, drop_cond, blur, tuple(pipeline.space.shape))
         self.embeddings: Cache | None = None
         self.latents: Cache | None = None
 
@@ -76,11 +87,13 @@ class TextToImage(Task):
     def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Returns the mean weighted error of the network's answer over a batch."""
         device = self.pipeline.device
-        eps, u, keep = batch.draws or self.draw(batch.index)
+        eps, u, keep, spread = batch.draws or self.draw(batch.index)
         cond = self.pipeline.text(batch.captions).where(keep, self.pipeline.text([""]))
         x0 = self._x0(batch)
         t = self.pipeline.denoiser.process.draw(u)
-        return self.pipeline.denoiser.loss(x0, cond.to(device), t, eps.to(device, non_blocking=True)).mean(), {}
+        shown = self.pipeline.space.blur(x0, spread.to(device)) if self.draw.blur else None
+        loss = self.pipeline.denoiser.loss(x0, cond.to(device), t, eps.to(device, non_blocking=True), shown)
+        return loss.mean(), {}
 
     def _x0(self, batch: Batch) -> Float[Tensor, "b c h w"]:
         """Returns the pictures in the space; latents that were computed before come from the cache, by the pixels that
