@@ -64,6 +64,12 @@ class Denoiser(nn.Module):
         weight = self.weighting(alpha, sigma, determinant(self.objective, alpha, sigma))
         return (weight * error).flatten(1).mean(1)
 
+    def x0_weight(self, t: float) -> float:
+        """Returns what the loss at `t` gives a squared error of x0_hat, which is an error of y times sigma/det."""
+        alpha, sigma = (f(torch.tensor(t, dtype=torch.float64)) for f in (self.process.alpha, self.process.sigma))
+        det = determinant(self.objective, alpha, sigma)
+        return (self.weighting(alpha, sigma, det) * (det / sigma) ** 2).item()
+
     def _at(self, t: Tensor | float, xt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns alpha and sigma as (b, 1, ...) in the dtype of `xt`, and tau as (b,)."""
         # Times stay where they are until alpha and sigma are known: Apple's GPUs have no float64.

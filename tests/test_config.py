@@ -83,6 +83,8 @@ def test_A2_all_wrong_scalars_are_listed_at_once():
     for key in ("steps=0", "batch_size=big", "drop_cond=1.5", "optim.lr=nan", "precision=fp8"):
         assert key in str(caught.value)
     check(compose("train", []), TRAIN_RANGES)
+    with pytest.raises(InputError, match="blur=2 must.*process.middle=1 must.*steps=auto must"):
+        check(compose("train", ["blur=2", "process.middle=1", "steps=auto"]), dict(sorted(TRAIN_RANGES.items())))
     check(compose("sample", ["run=x", "prompt=y"]), SAMPLE_RANGES)
 
 

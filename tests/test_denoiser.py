@@ -73,6 +73,16 @@ def test_who_is_shown_another_picture_is_judged_by_the_error_of_x0_hat(process, 
     torch.testing.assert_close(denoiser.loss(x0, None, t, eps, shown), error.mean(1), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("process, objective", PAIRS)
+def test_x0_weight_is_what_the_loss_gives_an_error_of_x0_hat(process, objective):
+    denoiser, t = Denoiser(Recorder(torch.sin), process, objective, Uniform()), 0.4
+    x0, eps = (normal(1, 2, seed=i, dtype=torch.float64) for i in range(2))
+    alpha, sigma = (f(torch.tensor(t).double()) for f in (process.alpha, process.sigma))
+    x0_hat, _ = denoiser(alpha * x0 + sigma * eps, t, None)
+    error = (x0_hat - x0).square().mean().item()
+    assert denoiser.loss(x0, None, t, eps).item() == pytest.approx(denoiser.x0_weight(t) * error)
+
+
 def test_the_loss_of_the_best_net_is_what_cannot_be_known():
     # x0 ~ N(0, s²): Var[eps | xt] = alpha²·s²/(alpha²·s² + sigma²)
     s, n, process = 0.5, 100_000, Cosine()

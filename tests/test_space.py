@@ -116,6 +116,13 @@ def test_real_taef2_is_a_space_to_train_in():
     assert (space.decode(x0) - images).square().mean() < 0.01
 
 
+def test_latents_are_blurred_as_maps_and_pixels_as_pixels():
+    x0, spread = torch.rand(2, 4, 8, 8), torch.tensor([0.1, 0.0])
+    assert torch.equal(Latents(TinyVAE(latent_channels=4), 64).blur(x0, spread), blurred(x0, spread))
+    images, pixels = torch.rand(2, 3, 32, 32), Pixels(32, patch=4)
+    assert torch.equal(pixels.decode(pixels.blur(pixels.encode(images), spread)), blurred(images, spread))
+
+
 def test_blurred_is_torchvisions_blur_away_from_the_border():
     from torchvision.transforms.v2.functional import gaussian_blur
 

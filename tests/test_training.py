@@ -188,6 +188,28 @@ def test_blur_takes_its_share_of_the_samples_and_changes_no_other_draw():
     assert told == pytest.approx(untold, abs=0.08)
 
 
+@pytest.mark.parametrize(
+    "recipe, share",
+    [
+        ("", 0.5),
+        ("objective=flow process=flow", 0.5),
+        ("objective=eps process=linear weighting=min_snr", 0.5),
+        ("weighting=uniform", 0.5),
+        ("objective=eps process=scaled_linear weighting=uniform", 0),  # DDPM's, and Stable Diffusion's
+        ("objective=eps process=table weighting=uniform", 0),
+        ("objective=v weighting=uniform", 0),
+        ("objective=edm process=edm weighting=uniform", 0),
+        ("objective=eps process=linear weighting=uniform blur=0.2", 0.2),
+    ],
+)
+def test_blur_is_left_out_where_an_error_without_noise_would_outweigh_all(recipe, share):
+    from conftest import TINY_RUN
+
+    from minidiff.config import build, compose
+
+    assert build(compose("train", [*TINY_RUN, *recipe.split()])["task"]).draw.blur == share
+
+
 def test_the_network_is_shown_the_blurred_picture_and_asked_for_the_sharp_one(monkeypatch):
     from conftest import TINY_RUN
 

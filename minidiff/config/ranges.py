@@ -36,6 +36,7 @@ SAMPLE_RANGES = {
     "candidates": (int, 1, 10_000),
     "lora_scale": (float, -100.0, 100.0),
 }
+AUTO = ("blur",)  # numbers that may also be left to us
 CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "device": ("auto", "cpu", "cuda", "mps"),
@@ -52,6 +53,8 @@ def check(values: Mapping, ranges: Mapping[str, tuple]) -> None:
     problems = []
     for key, (kind, low, high) in ranges.items():
         value = _value(values, key)
+        if key in AUTO and value == "auto":
+            continue
         whole = isinstance(value, int) and not isinstance(value, bool)
         number = whole or (kind is float and isinstance(value, float) and math.isfinite(value))
         if value is not None and not (number and low <= value <= high):

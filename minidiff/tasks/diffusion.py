@@ -33,6 +33,10 @@ GOLDEN = 0.6180339887498949  # (√5 − 1)/2: multiples modulo 1 fill [0, 1) as
 PREVIEWS = 16  # pictures on a sheet
 WORTH = 10_000_000  # parameters of a text encoder from which on its embeddings are kept on the disk
 NOISE_LEVELS = 10  # bins of t in which the loss is told apart
+BLURRED = 0.5  # share of the samples, unless `blur` says another
+BLUR_WEIGHT = (
+    100.0  # of an error of x0_hat at t = 0.001, up to which that is wise: what the blur hides is an error there
+)
 BLUR = (1 / 32, 3 / 32)  # the least and the greatest standard deviation of a blur, in widths of the picture
 
 
@@ -66,8 +70,10 @@ class Draws:
 class TextToImage(Task):
     """Trains a pipeline's network; `model` is what learns and what is saved."""
 
-    def __init__(self, pipeline: Pipeline, drop_cond: float, blur: float, seed: int) -> None:
+    def __init__(self, pipeline: Pipeline, drop_cond: float, blur: float | str, seed: int) -> None:
         self.pipeline = pipeline
+        if blur == "auto":
+            blur = BLURRED if pipeline.denoiser.x0_weight(0.001) <= BLUR_WEIGHT else 0.0
         self.draw = Draws(seed, drop_cond, blur, tuple(pipeline.space.shape))
         self.embeddings: Cache | None = None
         self.latents: Cache | None = None
@@ -91,7 +97,7 @@ class TextToImage(Task):
         cond = self.pipeline.text(batch.captions).where(keep, self.pipeline.text([""]))
         x0 = self._x0(batch)
         t = self.pipeline.denoiser.process.draw(u)
-        shown = self.pipeline.space.blur(x0, spread.to(device)) if self.draw.blur else None
+        shown = self.pipeline.space.blur(x0, spread.to(device, non_blocking=True)) if self.draw.blur else None
         loss = self.pipeline.denoiser.loss(x0, cond.to(device), t, eps.to(device, non_blocking=True), shown)
         return loss.mean(), {}
 
