@@ -158,7 +158,7 @@ def task(folder: Path | None) -> TextToImage:
     pipeline = Pipeline.__new__(Pipeline)
     pipeline.space, pipeline.text = Latents(kl(), 16), text.tiny()
     pipeline.denoiser = torch.nn.Linear(1, 1)  # which says where the device is
-    made = TextToImage(pipeline, 0.1, 0)
+    made = TextToImage(pipeline, drop_cond=0.1, blur=0.5, seed=0)
     if folder is not None:
         made.remember_in(folder)
     return made
