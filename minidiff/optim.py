@@ -115,7 +115,7 @@ class Muon(Optimizer):
 def orthogonal(matrices: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
     """Returns about U·Vᵀ for each matrix U·S·Vᵀ: singular values end between 0.8 and 1.1, except those near zero.
 
-    Newton-Schulz iteration in bfloat16: matrix products only, and the errors do not matter for an update.
+    A Newton-Schulz iteration in bfloat16: matrix products only, and the errors do not matter for an update.
     """
     wide = matrices.shape[1] <= matrices.shape[2]
     x = (matrices if wide else matrices.mT).to(torch.bfloat16)
