@@ -19,8 +19,8 @@ from torch.optim.adamw import adamw
 
 EPS = 1e-8  # of AdamW
 MATRIX_LR = 10.0  # Muon's learning rate over AdamW's: 0.02 where AdamW takes 2e-3
-# a·s + b·s³ + c·s⁵ with each (a, b, c) in turn brings every s in (0.001, 1] near 1: of all five such steps, those whose
-# greatest error is least (Amsel et al. 2025, "The Polar Express", algorithm 1)
+# a·s + b·s³ + c·s⁵ with each (a, b, c) in turn brings every s in (0.001, 1] near 1: each is made for where the one
+# before leaves s, and held back a little for bfloat16's sake (Amsel et al. 2025, "The Polar Express")
 QUINTICS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
