@@ -104,19 +104,20 @@ FRAMES_WITH_BACKGROUND = (
 WORDINGS = STYLES * len(FRAMES)
 
 
-def _phrase(description: Description, count: int, style: int) -> str:
-    def say(word: str) -> str:
-        return WORDS[word][style] if word in WORDS else word
+def _say(word: str, style: int) -> str:
+    return WORDS[word][style] if word in WORDS else word
 
+
+def _phrase(description: Description, count: int, style: int) -> str:
     adjectives = (description.size, description.texture, description.colour)
-    words = [say(word) for word in adjectives if word is not None]
+    words = [_say(word, style) for word in adjectives if word is not None]
     if count == 1:
         words.append(description.shape)
         words.insert(0, "an" if words[0][0] in "aeiou" else "a")
     else:
         words.append(description.shape + ("es" if description.shape.endswith("s") else "s"))
-        words.insert(0, say(str(count)))
-    return " ".join(words + ([say(description.place)] if description.place else []))
+        words.insert(0, _say(str(count), style))
+    return " ".join(words + ([_say(description.place, style)] if description.place else []))
 
 
 def caption(claim: Claim, wording: int) -> str:
