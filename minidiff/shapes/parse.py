@@ -59,19 +59,19 @@ def distance(image: UInt8[np.ndarray, "px px 3"], scene: Scene) -> float:
 
 def _parts(mask: Bool[np.ndarray, "px px"]) -> list[Bool[np.ndarray, "px px"]]:
     """Returns the connected parts of a mask; pixels that touch at a corner are connected."""
-    parts, left = [], mask.copy()
-    for start in zip(*np.nonzero(mask), strict=True):
-        if not left[start]:
+    parts, inside = [], np.argwhere(mask).tolist()
+    left = {(y, x) for y, x in inside}
+    for y, x in inside:
+        if (y, x) not in left:
             continue
-        part, stack = np.zeros_like(mask), [start]
-        left[start] = False
-        while stack:
-            y, x = stack.pop()
-            part[y, x] = True
-            y0, x0 = max(0, y - 1), max(0, x - 1)
-            near = left[y0 : y + 2, x0 : x + 2]
-            stack += [(y0 + dy, x0 + dx) for dy, dx in np.argwhere(near).tolist()]
-            near[:] = False
+        left.remove((y, x))
+        reached = [(y, x)]
+        for y, x in reached:  # grows as it goes
+            near = left.intersection([(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
+            left -= near
+            reached += near
+        part = np.zeros_like(mask)
+        part[tuple(np.array(reached).T)] = True
         parts.append(part)
     return parts
 
