@@ -153,12 +153,12 @@ def test_E11_ctrl_c_in_a_terminal_reaches_workers_too_and_the_run_is_saved(tmp_p
 def test_E1_R1_kill_9_in_the_middle_of_training_then_resume_is_as_if_nothing_had_happened(tmp_path):
     from test_resume import require_equal
 
-    options = ["steps=40", "every.save=1", "keep=3", "every.preview=1000", "every.validate=1000"]
+    options = ["steps=20", "every.save=1", "keep=3", "every.preview=1000", "every.validate=1000"]
     child = start(tmp_path / ".", *options, "name=killed")
-    wait_for(tmp_path / "runs" / "killed" / "checkpoints" / "step_00000003", child)
+    wait_for(tmp_path / "runs" / "killed" / "checkpoints" / "step_00000001", child)
     child.kill()
     child.communicate()
     left = checkpoint.latest(tmp_path / "runs" / "killed" / "checkpoints")
-    assert left is not None and int(left.name[5:]) < 40
+    assert left is not None and int(left.name[5:]) < 20
     killed = train(tmp_path, *options, "name=killed")
-    require_equal(train(tmp_path, *options, "name=whole"), killed, 40)
+    require_equal(train(tmp_path, *options, "name=whole"), killed, 20)

@@ -1,5 +1,6 @@
 """A run that was stopped and went on is the run that was never stopped, bit for bit."""
 
+import functools
 import json
 import os
 import shutil
@@ -84,9 +85,21 @@ MATRIX = {
 }
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Trains without a stop, once for every set of overrides."""
+
+    @functools.cache
+    def run(*overrides: str) -> tuple[Path, list[list[int]]]:
+        with pytest.MonkeyPatch.context() as patch:
+            return interrupted(patch, tmp_path_factory.mktemp("whole"), [], *overrides)
+
+    return run
+
+
 @pytest.mark.parametrize("cuts, overrides", MATRIX.values(), ids=MATRIX.keys())
-def test_E5_E6_R2_resume_matrix(cuts, overrides, tmp_path, monkeypatch):
-    whole, all_samples = interrupted(monkeypatch, tmp_path / "whole", [], "steps=7", *overrides, "workers=0")
+def test_E5_E6_R2_resume_matrix(cuts, overrides, uninterrupted, tmp_path, monkeypatch):
+    whole, all_samples = uninterrupted("steps=7", *(x for x in overrides if not x.startswith("workers=")))
     parts, samples = interrupted(monkeypatch, tmp_path / "parts", cuts, "steps=7", *overrides)
     require_equal(whole, parts, 7)
     assert samples == all_samples

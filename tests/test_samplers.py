@@ -48,6 +48,12 @@ def no_noise(x):
     raise AssertionError("a deterministic sampler asked for noise")
 
 
+@cache
+def stops(grid, process, n):
+    """Returns the grid's times, found once for all samplers."""
+    return grid(process, n)
+
+
 def last(states):
     return list(states)[-1].xt
 
@@ -88,7 +94,7 @@ def error(sampler, process, times):
 @every_process
 @every_sampler
 def test_a_sampler_yields_what_it_sees_and_ends_at_the_data(process, sampler):
-    times, denoise = samplers.log_snr(process, 7), MIXTURE.denoiser(process)
+    times, denoise = stops(samplers.log_snr, process, 7), MIXTURE.denoiser(process)
     states = list(sampler(denoise, start(process), times, process, noises()))
     assert [s.t.item() for s in states] == times.tolist()
     assert torch.equal(states[0].xt, start(process))
@@ -105,14 +111,14 @@ def test_one_step_is_the_first_guess(sampler):
     x = start(process)
     guess = MIXTURE.denoiser(process)(x, process.t_max)[0]
     torch.testing.assert_close(
-        last(sampler(MIXTURE.denoiser(process), x, samplers.log_snr(process, 1), process, no_noise)), guess
+        last(sampler(MIXTURE.denoiser(process), x, stops(samplers.log_snr, process, 1), process, no_noise)), guess
     )
 
 
 @every_process
 @every_sampler
 def test_the_objective_does_not_change_the_image(process, sampler):
-    times = samplers.karras(process, 5)
+    times = stops(samplers.karras, process, 5)
     exact = last(sampler(MIXTURE.denoiser(process), start(process), times, process, noises()))
     for objective in [Eps(), X0(), V(), FlowVelocity(), Edm()]:
         if isinstance(objective, Eps) and isinstance(process, ZeroTerminalSNR):
@@ -131,7 +137,7 @@ def test_float32_stays_finite_float32_from_the_noisiest_time(process, sampler, g
     denoiser = Denoiser(ExactNet(MIXTURE, process, objective), process, objective, Uniform())
     for n in (1, 3):
         x = start(process, dtype=torch.float32)
-        for state in sampler(lambda x, t: denoiser(x, t, None), x, grid(process, n), process, noises()):
+        for state in sampler(lambda x, t: denoiser(x, t, None), x, stops(grid, process, n), process, noises()):
             assert state.xt.dtype == state.x0_hat.dtype == torch.float32
             assert state.xt.isfinite().all() and state.x0_hat.isfinite().all() and state.eps_hat.isfinite().all()
 
@@ -142,7 +148,7 @@ def test_float32_stays_finite_float32_from_the_noisiest_time(process, sampler, g
 @every_process_with_signal
 @pytest.mark.parametrize("sampler, order, tolerance", [(ddim, 1, 0.04), (heun, 2, 2e-3), (dpmpp_2m, 2, 2e-3)])
 def test_every_process_reaches_the_same_image_at_the_samplers_order(process, sampler, order, tolerance):
-    errors = [error(sampler, process, samplers.log_snr(process, n + 1)) for n in (30, 60, 120)]
+    errors = [error(sampler, process, stops(samplers.log_snr, process, n + 1)) for n in (30, 60, 120)]
     assert errors[-1] < tolerance
     for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.12)
@@ -150,11 +156,11 @@ def test_every_process_reaches_the_same_image_at_the_samplers_order(process, sam
 
 @every_process_with_signal
 def test_the_corrector_lifts_unipc_to_third_order(process):
-    errors = [error(unipc, process, samplers.log_snr(process, n + 1)) for n in (120, 240, 480)]
+    errors = [error(unipc, process, stops(samplers.log_snr, process, n + 1)) for n in (120, 240, 480)]
     assert errors[-1] < 4e-6
     for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(3.1, abs=0.2)
-    few = [error(sampler, process, samplers.log_snr(process, 31)) for sampler in (dpmpp_2m, unipc)]
+    few = [error(sampler, process, stops(samplers.log_snr, process, 31)) for sampler in (dpmpp_2m, unipc)]
     assert few[1] < 0.6 * few[0]
 
 
@@ -180,7 +186,7 @@ def test_gaussian_data_flow_along_straight_quantiles(process, sampler, tolerance
         alpha, sigma = process.alpha(t), process.sigma(t)
         return (x - alpha * GAUSSIAN.means) / (alpha**2 * GAUSSIAN.stds**2 + sigma**2).sqrt()
 
-    times, x = samplers.log_snr(process, 100), start(process)
+    times, x = stops(samplers.log_snr, process, 100), start(process)
     image = last(sampler(GAUSSIAN.denoiser(process), x, times, process, no_noise))
     torch.testing.assert_close(quantile(image, times[-1]), quantile(x, times[0]), rtol=0, atol=tolerance)
 
@@ -199,7 +205,7 @@ def test_rectified_flow_and_karras_and_ddim_take_the_same_steps():
 
 @every_process_with_signal
 def test_euler_is_karras_euler_in_karras_coordinates(process):
-    times, denoise = samplers.karras(process, 20), MIXTURE.denoiser(process)
+    times, denoise = stops(samplers.karras, process, 20), MIXTURE.denoiser(process)
     x = start(process) / process.alpha(times[0])
     for t, s in pairwise(times):
         sigma_t, sigma_s = process.sigma(t) / process.alpha(t), process.sigma(s) / process.alpha(s)
@@ -210,7 +216,7 @@ def test_euler_is_karras_euler_in_karras_coordinates(process):
 
 @every_process
 def test_the_first_step_of_dpmpp_2m_is_ddim(process):
-    times, denoise = samplers.log_snr(process, 10), MIXTURE.denoiser(process)
+    times, denoise = stops(samplers.log_snr, process, 10), MIXTURE.denoiser(process)
     ours, ddims = (list(s(denoise, start(process), times, process, no_noise)) for s in (dpmpp_2m, ddim))
     torch.testing.assert_close(ours[1].xt, ddims[1].xt)
 
@@ -292,7 +298,7 @@ def variance_of_images(sampler, process, n):
     gets 1 for its own noise and 0 for all others, and answers with that noise's share.
     """
     data = GaussianMixture(torch.zeros(1, 1).double(), torch.tensor([0.3]).double(), torch.ones(1).double())
-    times = samplers.log_snr(process, n)
+    times = stops(samplers.log_snr, process, n)
     rows = iter(torch.eye(n, dtype=torch.float64)[1:, :, None])
     first = (process.alpha(times[0]) ** 2 * 0.3**2 + process.sigma(times[0]) ** 2).sqrt()
     x = first * torch.eye(n, dtype=torch.float64)[0, :, None]
@@ -316,7 +322,7 @@ def test_dpmpp_2m_sde_gives_the_right_variance_at_second_order(process):
 
 @every_process
 def test_the_first_steps_of_dpmpp_2m_sde_and_unipc_are_ddpm_and_ddim(process):
-    times, denoise, x = samplers.log_snr(process, 10), MIXTURE.denoiser(process), start(process)
+    times, denoise, x = stops(samplers.log_snr, process, 10), MIXTURE.denoiser(process), start(process)
     for ours, first in [(dpmpp_2m_sde, ddpm), (unipc, ddim)]:
         states = [list(sampler(denoise, x, times, process, noises())) for sampler in (ours, first)]
         torch.testing.assert_close(states[0][1].xt, states[1][1].xt)
@@ -385,10 +391,10 @@ def test_centred_takes_short_steps_where_noise_and_data_are_equally_strong(proce
 def test_centred_steps_lose_less_than_as_many_steps_of_log_snr_and_karras(process, sampler):
     """In the mixture, as in pictures, x0_hat turns to one mode where noise and data are equally strong."""
     denoise, x = MIXTURE.denoiser(process), start(process, 256)
-    exact = last(dpmpp_2m(denoise, x, samplers.log_snr(process, 400), process, no_noise))
+    exact = last(dpmpp_2m(denoise, x, stops(samplers.log_snr, process, 400), process, no_noise))
 
     def error(grid):
-        return (last(sampler(denoise, x, grid(process, 12), process, no_noise)) - exact).abs().mean()
+        return (last(sampler(denoise, x, stops(grid, process, 12), process, no_noise)) - exact).abs().mean()
 
     assert error(grids.centred) < 0.7 * min(error(samplers.log_snr), error(samplers.karras))
 
