@@ -48,6 +48,22 @@ def test_each_distinct_caption_is_encoded_once(encoder, monkeypatch):
     assert torch.equal(first.tokens[2], again.tokens[0])
 
 
+@pytest.mark.parametrize("pool", ["argmax", "eos"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_caption_gets_the_places_it_fills_if_nobody_looks_at_the_rest(causal, pool):
+    encoder = TextEncoder(TINY)  # random weights
+    if not causal:
+        encoder._clip.attn_mask = None
+    encoder._clip.text_pool_type, encoder._clip.text_eos_id = pool, encoder.tokenizer([""]).max().item()
+    captions = [" ".join(["star"] * n) for n in (1, 14, 15, 30, 40)]
+    places = [encoder._places(encoder.tokenizer([caption])) for caption in captions]
+    assert places == ([16, 16, 32, 32, 32] if causal else [32] * 5)
+    ids, cond = encoder.tokenizer(captions), encoder(captions)
+    whole = encoder._clip.forward_intermediates(text=ids, text_indices=1, normalize_intermediates=True)
+    torch.testing.assert_close(cond.vector, whole["text_features"] * cond.vector.shape[1] ** 0.5)
+    torch.testing.assert_close(cond.tokens, whole["text_intermediates"][-1] * cond.mask[..., None])
+
+
 def test_expected_captions_fill_up_batches_and_come_out_the_same(monkeypatch):
     patient, hasty = tiny(), tiny()
     captions = [f"{number} red circles" for number in range(text.BATCH + 3)]
@@ -59,6 +75,24 @@ def test_expected_captions_fill_up_batches_and_come_out_the_same(monkeypatch):
     for i, caption in enumerate(captions[:filled]):
         assert torch.equal(together.tokens[i], hasty([caption]).tokens[0])
         assert torch.equal(together.vector[i], hasty([caption]).vector[0])
+
+
+def test_expected_captions_wait_for_a_batch_of_their_length(monkeypatch):
+    patient, hasty, batches = tiny(), tiny(), []
+    original = patient._encode
+    monkeypatch.setattr(patient, "_encode", lambda captions: batches.append(list(captions)) or original(captions))
+    short, long = ([f"{n} red circles" + more for n in range(20)] for more in ("", " and stars" * 8))
+    patient.expect([caption for pair in zip(short, long, strict=True) for caption in pair])
+    patient(["a blue star", long[3]])
+    assert [sorted(batch) for batch in batches] == [
+        sorted(["a blue star", *short[:15]]),
+        sorted([long[3], *long[:3], *long[4:16]]),
+    ]
+    batches.clear()
+    both = patient([*short, *long])
+    assert batches == [short[15:], long[16:]]
+    for i, caption in enumerate([*short, *long]):
+        assert torch.equal(both.tokens[i], hasty([caption]).tokens[0])
 
 
 def test_the_memory_cannot_be_written_through(encoder):

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from jaxtyping import Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minidiff.errors import InputError, MachineError
@@ -56,6 +57,27 @@ def load_clip(model: str, pretrained: str | None = None, weights: str | Path | N
     if weights is not None:
         load_model(clip, read_tensors(weights))
     return clip.float().requires_grad_(False)
+
+
+def text_half(
+    clip: nn.Module, ids: Int[Tensor, "b l"], layer: int = -1
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b e"]]:
+    """Encodes captions by an OpenCLIP model's text transformer: tokens after layer `layer`, normed, and the end
+    token of the last layer, projected into the space that it shares with pictures, of unit length.
+
+    As OpenCLIP's own `encode_text`, but the ids may be cut to fewer places than the context has.
+    """
+    from open_clip.transformer import text_global_pool
+
+    places = ids.shape[1]
+    x = clip.token_embedding(ids) + clip.positional_embedding[:places]
+    before = None if clip.attn_mask is None else clip.attn_mask[:places, :places]
+    x, (asked,) = clip.transformer.forward_intermediates(x, attn_mask=before, indices=[clip.transformer.layers + layer])
+    end = text_global_pool(clip.ln_final(x), ids, clip.text_pool_type, clip.text_eos_id)
+    if clip.text_projection is not None:
+        linear = isinstance(clip.text_projection, nn.Linear)
+        end = clip.text_projection(end) if linear else end @ clip.text_projection
+    return clip.ln_final(asked), F.normalize(end, dim=-1)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """A frozen text encoder that remembers: each distinct caption is encoded once."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -14,12 +15,13 @@ from minidiff.cache import Cache, content_key
 from minidiff.cond import Cond
 from minidiff.resources import bundled
 from minidiff.state import fingerprint
-from minidiff.text.clip import TINY, Tokenizer, load_clip
+from minidiff.text.clip import TINY, Tokenizer, load_clip, text_half
 
 # Captions encoded at once, the last ones filled up with expected and then with empty ones. Always as many on a device,
-# because the last bits of a matrix product depend on its size, and a caption's embedding must not depend on what was
-# encoded with it. A GPU takes no longer for many.
+# all in as many places, because the last bits of a matrix product depend on its size, and a caption's embedding must
+# not depend on what was encoded with it. A GPU takes no longer for many.
 BATCH, GPU_BATCH = 16, 256
+PLACES = 16  # a caption is given the places it fills, up to a multiple of this: the rest of 77 would be for nothing
 EXPECTED = 200_000  # captions that are kept to fill up batches; of more, they would take hundreds of megabytes
 
 
@@ -48,6 +50,7 @@ class TextEncoder:
         self.tokenizer = Tokenizer(model)
         self._clip, self._layer, self._pooled = clip, layer, pooled
         self._memory: dict[str, tuple[Tensor, Tensor]] | Embeddings = {}
+        self._waiting: dict[int, deque] = defaultdict(deque)  # expected captions with their ids, by their places
         self.device = torch.device("cpu")
         self.identity = f"{model}/{layer}/{fingerprint(clip.state_dict())}"  # by what it computes
         null = self([""])
@@ -79,6 +82,7 @@ class TextEncoder:
     def expect(self, captions: Iterable[str]) -> None:
         """Tells captions that will be asked for: they fill up batches, which are encoded whole in any case."""
         self._expected = iter(list(islice(captions, EXPECTED)))
+        self._waiting.clear()
 
     def remember_in(self, folder: Path) -> Cache:
         """Keeps embeddings in a folder, for other runs and to save memory, and takes from it those that are there."""
@@ -89,28 +93,52 @@ class TextEncoder:
     def _rows(self, captions: Sequence[str]) -> list[tuple[Float[Tensor, "l d"], Float[Tensor, " e"]]]:
         """Returns tokens and vector of each caption, having encoded those that are not remembered."""
         rows = {caption: self._memory.get(caption) for caption in captions}
-        missing = [caption for caption, row in rows.items() if row is None]
+        missing = defaultdict(list)
+        for caption in (caption for caption, row in rows.items() if row is None):
+            ids = self.tokenizer([caption])
+            missing[self._places(ids)].append((caption, ids))
         size = self._batch()
-        for i in range(0, len(missing), size):
-            batch = missing[i : i + size]
-            others = (x for x in self._expected if x not in rows and self._memory.get(x) is None)
-            rows |= self._encode([*batch, *islice(others, size - len(batch))])
+        for places, pairs in missing.items():
+            for i in range(0, len(pairs), size):
+                batch = pairs[i : i + size]
+                others = self._others(places, known=rows)
+                rows |= self._encode(dict([*batch, *islice(others, size - len(batch))]))
         return [rows[caption] for caption in captions]
+
+    def _others(self, places: int, known: Container[str]) -> Iterator[tuple[str, Int[Tensor, "1 l"]]]:
+        """Yields some of the expected captions that take so many places, and their ids."""
+        waiting, size = self._waiting[places], self._batch()
+        if len(waiting) < size:
+            for caption in islice(self._expected, 4 * size):  # not all: they may be long in coming
+                ids = self.tokenizer([caption])
+                self._waiting[self._places(ids)].append((caption, ids))
+        while waiting:
+            caption, ids = waiting.popleft()
+            if caption not in known and self._memory.get(caption) is None:
+                yield caption, ids
+
+    def _places(self, ids: Int[Tensor, "1 l"]) -> int:
+        """Returns how many places of the context a caption is encoded in. Those after its end change nothing, if each
+        token sees only the ones before it.
+        """
+        if self._clip.attn_mask is None:
+            return self.tokenizer.length
+        filled = int(self.tokenizer.lengths(ids))
+        return min(-(-filled // PLACES) * PLACES, self.tokenizer.length)
 
     def _batch(self) -> int:
         return GPU_BATCH if self.device.type == "cuda" else BATCH
 
     @torch.no_grad()
-    def _encode(self, captions: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        ids = self.tokenizer([*captions, *[""] * (self._batch() - len(captions))])
+    def _encode(self, captions: dict[str, Int[Tensor, "1 l"]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Encodes captions, given with their ids, that take as many places."""
+        places = max(self._places(ids) for ids in captions.values())
+        empty = [self.tokenizer([""])] * (self._batch() - len(captions))
+        ids = torch.cat([*captions.values(), *empty])[:, :places]
         # in full precision also under a training's autocast: what is remembered must not depend on who asked first
         with torch.autocast(self.device.type, enabled=False):
-            out = self._clip.forward_intermediates(
-                text=ids.to(self.device),
-                text_indices=[self._clip.transformer.layers + self._layer],
-                normalize_intermediates=True,
-            )
-        tokens, vectors = out["text_intermediates"][0].float().cpu(), out["text_features"].float().cpu()
+            tokens, vectors = text_half(self._clip, ids.to(self.device), self._layer)
+        tokens, vectors = tokens.float().cpu(), vectors.float().cpu()
         vectors = vectors * vectors.shape[1] ** 0.5  # unit length → unit variance, as every other network input
         rows = {}
         for i, (caption, length) in enumerate(zip(captions, self.tokenizer.lengths(ids).tolist(), strict=False)):

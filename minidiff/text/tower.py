@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ class Tower(TextEncoder):
             )
         self.shape, self.tokenizer = shape, tokenizer
         self._clip = clip.eval().requires_grad_(False)
-        self._memory, self.device = {}, torch.device("cpu")
+        self._memory, self._waiting, self.device = {}, defaultdict(deque), torch.device("cpu")
         self.token_dim, self.vector_dim = shape.width, (shape.projection or shape.width) if pooled else None
 
     @property
@@ -133,9 +134,12 @@ class Tower(TextEncoder):
         tokens, vectors = zip(*self._rows(captions), strict=True)
         return Cond(tokens=torch.stack(tokens), vector=None if self.vector_dim is None else torch.stack(vectors))
 
+    def _places(self, ids: Int[Tensor, "1 l"]) -> int:
+        return self.tokenizer.length  # padding is looked at
+
     @torch.no_grad()
-    def _encode(self, captions: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        vectors, tokens = self._clip(self.tokenizer(captions).to(self.device))
+    def _encode(self, captions: dict[str, Int[Tensor, "1 l"]]) -> dict[str, tuple[Tensor, Tensor]]:
+        vectors, tokens = self._clip(torch.cat(list(captions.values())).to(self.device))
         rows = {}
         for caption, row, vector in zip(captions, tokens.float().cpu(), vectors.float().cpu(), strict=True):
             rows[caption] = self._memory[caption] = (row.clone(), vector.clone())
