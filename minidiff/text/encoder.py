@@ -1,6 +1,6 @@
 """A frozen text encoder that remembers: each distinct caption is encoded once."""
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -50,7 +50,7 @@ class TextEncoder:
         self.tokenizer = Tokenizer(model)
         self._clip, self._layer, self._pooled = clip, layer, pooled
         self._memory: dict[str, tuple[Tensor, Tensor]] | Embeddings = {}
-        self._waiting: dict[int, deque] = defaultdict(deque)  # expected captions with their ids, by their places
+        self._waiting: dict[int, dict[str, Tensor]] = defaultdict(dict)  # places → expected captions and their ids
         self.device = torch.device("cpu")
         self.identity = f"{model}/{layer}/{fingerprint(clip.state_dict())}"  # by what it computes
         null = self([""])
@@ -95,7 +95,7 @@ class TextEncoder:
         rows = {caption: self._memory.get(caption) for caption in captions}
         missing = defaultdict(list)
         for caption in (caption for caption, row in rows.items() if row is None):
-            ids = self.tokenizer([caption])
+            ids = self._ids(caption)
             missing[self._places(ids)].append((caption, ids))
         size = self._batch()
         for places, pairs in missing.items():
@@ -105,17 +105,23 @@ class TextEncoder:
                 rows |= self._encode(dict([*batch, *islice(others, size - len(batch))]))
         return [rows[caption] for caption in captions]
 
+    def _ids(self, caption: str) -> Int[Tensor, "1 l"]:
+        for waiting in self._waiting.values():
+            if caption in waiting:
+                return waiting.pop(caption)
+        return self.tokenizer([caption])
+
     def _others(self, places: int, known: Container[str]) -> Iterator[tuple[str, Int[Tensor, "1 l"]]]:
         """Yields some of the expected captions that take so many places, and their ids."""
         waiting, size = self._waiting[places], self._batch()
+        unknown = (caption for caption in self._expected if caption not in known and self._memory.get(caption) is None)
         if len(waiting) < size:
-            for caption in islice(self._expected, 4 * size):  # not all: they may be long in coming
+            for caption in islice(unknown, 4 * size):  # not all: those that are sought may be few
                 ids = self.tokenizer([caption])
-                self._waiting[self._places(ids)].append((caption, ids))
+                self._waiting[self._places(ids)][caption] = ids
         while waiting:
-            caption, ids = waiting.popleft()
-            if caption not in known and self._memory.get(caption) is None:
-                yield caption, ids
+            caption = next(iter(waiting))
+            yield caption, waiting.pop(caption)
 
     def _places(self, ids: Int[Tensor, "1 l"]) -> int:
         """Returns how many places of the context a caption is encoded in. Those after its end change nothing, if each

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +108,7 @@ class Tower(TextEncoder):
             )
         self.shape, self.tokenizer = shape, tokenizer
         self._clip = clip.eval().requires_grad_(False)
-        self._memory, self._waiting, self.device = {}, defaultdict(deque), torch.device("cpu")
+        self._memory, self._waiting, self.device = {}, defaultdict(dict), torch.device("cpu")
         self.token_dim, self.vector_dim = shape.width, (shape.projection or shape.width) if pooled else None
 
     @property
