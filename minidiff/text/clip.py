@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -95,12 +96,17 @@ def open_clip_quietly():
         logging.disable(logging.NOTSET)
 
 
+@cache
+def _openclips_tokenizer(model: str):
+    with open_clip_quietly() as open_clip:
+        return open_clip.get_tokenizer(model)
+
+
 class Tokenizer:
     """OpenCLIP's byte-pair encoding: caption → start, word pieces, end, padding."""
 
     def __init__(self, model: str) -> None:
-        with open_clip_quietly() as open_clip:
-            self._bpe = open_clip.get_tokenizer(model)
+        self._bpe = _openclips_tokenizer(model)
         self.length = self._bpe.context_length
 
     def __call__(self, captions: Sequence[str]) -> Int[Tensor, "b l"]:
