@@ -93,9 +93,9 @@ def test_a_fit_ends_even_if_rounding_makes_every_neighbour_look_better(monkeypat
     window = sys.modules["minidiff.shapes.parse"]._Window
     calls = iter(range(100))  # a picture was once read for ever
 
-    def errors(self, shape, texture, spots):
+    def errors(self, shape, textures, spots):
         next(calls)
-        return np.array([1.0, 1.0, 0.9999, 1.0, 1.0, 1.0, 1.0]), np.zeros(7, dtype=int)
+        return np.array([[1.0, 1.0, 0.9999, 1.0, 1.0, 1.0, 1.0]]), np.zeros((1, 7), dtype=int)
 
     monkeypatch.setattr(window, "errors", errors)
     spot = np.array([0.0, 0.0, 0.3], dtype=np.float32)

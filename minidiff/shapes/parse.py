@@ -7,10 +7,10 @@ closest wins.
 """
 
 import math
-from itertools import product
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from minidiff.shapes.render import MAIN_TONE, centres, coverage, render
 from minidiff.shapes.scene import BACKGROUNDS, COLOURS, RADIUS, SHAPES, TEXTURES, Scene, Thing
@@ -95,12 +95,12 @@ def _thing(
 
     x, y, area = at[xs].mean(), at[ys].mean(), len(xs) * (2 / px) ** 2
     guesses = []
-    for shape, texture in product(SHAPES, TEXTURES):
+    for shape in SHAPES:
         r = np.sqrt(area / AREA[shape])
         spots = np.array([[x, y, r * stretch] for stretch in (0.85, 0.92, 1.0)], dtype=np.float32)
-        error, colour = window.errors(shape, texture, spots)
-        best = int(error.argmin())
-        guesses.append((float(error[best]), shape, texture, spots[best]))
+        for texture, error in zip(TEXTURES, window.errors(shape, TEXTURES, spots)[0], strict=True):
+            best = int(error.argmin())
+            guesses.append((float(error[best]), shape, texture, spots[best]))
     guesses.sort(key=lambda guess: guess[0])
     fitted = [
         window.fit(shape, texture, spot)
@@ -130,9 +130,10 @@ class _Window:
         self.energy = float((self.target**2).sum())
 
     def errors(
-        self, shape: str, texture: str, spots: Float[np.ndarray, "n 3"]
-    ) -> tuple[Float[np.ndarray, " n"], np.ndarray]:
-        """Returns, for things at `spots` (x, y, r), the squared error of the best colour, and that colour's number.
+        self, shape: str, textures: Sequence[str], spots: Float[np.ndarray, "n 3"]
+    ) -> tuple[Float[np.ndarray, "texture n"], Int[np.ndarray, "texture n"]]:
+        """Returns, for things with these textures at `spots` (x, y, r), the squared error of the best colour, and that
+        colour's number.
 
         A drawing is main·share + second·rest, so its error is a quadratic form in the tones and needs no picture per
         colour.
@@ -140,13 +141,12 @@ class _Window:
         x, y, r = (spots[:, i, None, None] for i in range(3))
         u, v = np.broadcast_arrays((self.xs[None, None, :] - x) / r, (self.ys[None, :, None] - y) / r)
         scale = r * self.px / 2
-        cover, share = coverage(shape, u, v, scale), MAIN_TONE[texture](u, v, scale)
-        main, second = (m.reshape(len(spots), -1) for m in (cover * share, cover * (1 - share)))
-        overlaps = np.stack([(main**2).sum(1), (main * second).sum(1), (second**2).sum(1)], 1)
-        explained = np.concatenate([main @ self.target, second @ self.target], 1)
+        cover, share = coverage(shape, u, v, scale), np.stack([MAIN_TONE[texture](u, v, scale) for texture in textures])
+        main, second = (m.reshape(*share.shape[:2], -1) for m in (cover * share, cover * (1 - share)))
+        overlaps = np.stack([(main**2).sum(2), (main * second).sum(2), (second**2).sum(2)], 2)
+        explained = np.concatenate([main @ self.target, second @ self.target], 2)
         error = self.energy - 2 * explained @ self.tones + overlaps @ self.products
-        colour = error.argmin(1)
-        return error[np.arange(len(spots)), colour], colour
+        return error.min(2), error.argmin(2)
 
     def fit(self, shape: str, texture: str, spot: Float[np.ndarray, "3"]) -> tuple:
         """Moves x, y and r to where the error is least, by steps that halve; returns (error, shape, texture, colour,
@@ -157,7 +157,7 @@ class _Window:
         while True:
             spots = spot + step * moves
             spots[:, 2] = spots[:, 2].clip(0.05)
-            error, colour = self.errors(shape, texture, spots)
+            (error,), (colour,) = self.errors(shape, [texture], spots)
             best = int(error.argmin())
             if error[best] >= least:  # rounding alone may make each of two spots look better from the other
                 best = 0
