@@ -20,8 +20,13 @@ def test_A10_a_sound_machine_has_no_problems(capsys):
 
 
 def test_A10_mismatched_libraries_a_full_disk_and_an_old_python_are_problems(monkeypatch):
-    def broken(name):
-        raise RuntimeError("no operator torchvision::nms") if name == "torchvision" else ImportError("gone")
+    wrong = {"torchvision": RuntimeError("no operator torchvision::nms"), "datasets": ImportError("gone")}
+    sound = environment.importlib.import_module
+
+    def broken(name, *arguments):
+        if name in wrong:
+            raise wrong[name]
+        return sound(name, *arguments)
 
     monkeypatch.setattr(environment.importlib, "import_module", broken)
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
