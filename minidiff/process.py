@@ -91,7 +91,7 @@ class Linear(Process):
     def sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         return torch.sqrt(-torch.expm1(-self._integral(t)))  # keeps the digits that 1 - alpha² loses at t = 0
 
-    def _integral(self, t: Tensor) -> Tensor:
+    def _integral(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         return 1000 * (self.beta_start * t + (self.beta_end - self.beta_start) * t**2 / 2)
 
 
@@ -102,7 +102,7 @@ class ScaledLinear(Linear):
     beta_start: float = 0.00085
     beta_end: float = 0.012
 
-    def _integral(self, t: Tensor) -> Tensor:
+    def _integral(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         start, rise = math.sqrt(self.beta_start), math.sqrt(self.beta_end) - math.sqrt(self.beta_start)
         return 1000 * (start**2 * t + start * rise * t**2 + rise**2 * t**3 / 3)
 
@@ -133,7 +133,7 @@ class Cosine(Process):
         data, noise = self._unshifted(t)
         return noise / torch.hypot(self.shift * data, noise)
 
-    def _unshifted(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _unshifted(self, t: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
         angle, start = ((time + self.s) / (1 + self.s) * (math.pi / 2) for time in (t, torch.zeros_like(t)))
         # From cos²a - cos²b = sin(b - a)·sin(b + a), which keeps the digits that 1 - alpha² loses near t = 0.
         noise = torch.sqrt(torch.sin(angle - start) * torch.sin(angle + start))
@@ -156,7 +156,7 @@ class Sigmoid(Process):
         low, now, high = self._values(t)
         return torch.sqrt((now - low) / (high - low))
 
-    def _values(self, t: Tensor) -> tuple[Tensor, ...]:
+    def _values(self, t: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], ...]:
         at = (torch.zeros_like(t), t, torch.ones_like(t))
         return tuple(torch.sigmoid(self.start + (self.end - self.start) * time) for time in at)
 

@@ -155,7 +155,7 @@ def test_E1_R1_kill_9_in_the_middle_of_training_then_resume_is_as_if_nothing_had
 
     options = ["steps=20", "every.save=1", "keep=3", "every.preview=1000", "every.validate=1000"]
     child = start(tmp_path / ".", *options, "name=killed")
-    wait_for(tmp_path / "runs" / "killed" / "checkpoints" / "step_00000001", child)
+    wait_for(tmp_path / "runs" / "killed" / "checkpoints" / "step_00000003", child)
     child.kill()
     child.communicate()
     left = checkpoint.latest(tmp_path / "runs" / "killed" / "checkpoints")

@@ -56,7 +56,7 @@ def test_a_caption_gets_the_places_it_fills_if_nobody_looks_at_the_rest(causal, 
         encoder._clip.attn_mask = None
     encoder._clip.text_pool_type, encoder._clip.text_eos_id = pool, encoder.tokenizer([""]).max().item()
     captions = [" ".join(["star"] * n) for n in (1, 14, 15, 30, 40)]
-    places = [encoder._places(encoder.tokenizer([caption])) for caption in captions]
+    places = [encoder._tokenize(caption).shape[1] for caption in captions]
     assert places == ([16, 16, 32, 32, 32] if causal else [32] * 5)
     ids, cond = encoder.tokenizer(captions), encoder(captions)
     whole = encoder._clip.forward_intermediates(text=ids, text_indices=1, normalize_intermediates=True)

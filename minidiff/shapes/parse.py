@@ -60,7 +60,7 @@ def distance(image: UInt8[np.ndarray, "px px 3"], scene: Scene) -> float:
 def _parts(mask: Bool[np.ndarray, "px px"]) -> list[Bool[np.ndarray, "px px"]]:
     """Returns the connected parts of a mask; pixels that touch at a corner are connected."""
     parts, inside = [], np.argwhere(mask).tolist()
-    left = {(y, x) for y, x in inside}
+    left = set(map(tuple, inside))
     for y, x in inside:
         if (y, x) not in left:
             continue

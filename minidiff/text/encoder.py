@@ -1,5 +1,6 @@
 """A frozen text encoder that remembers: each distinct caption is encoded once."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import islice
@@ -96,7 +97,7 @@ class TextEncoder:
         missing = defaultdict(list)
         for caption in (caption for caption, row in rows.items() if row is None):
             ids = self._ids(caption)
-            missing[self._places(ids)].append((caption, ids))
+            missing[ids.shape[1]].append((caption, ids))
         size = self._batch()
         for places, pairs in missing.items():
             for i in range(0, len(pairs), size):
@@ -105,42 +106,43 @@ class TextEncoder:
                 rows |= self._encode(dict([*batch, *islice(others, size - len(batch))]))
         return [rows[caption] for caption in captions]
 
-    def _ids(self, caption: str) -> Int[Tensor, "1 l"]:
+    def _ids(self, caption: str) -> Int[Tensor, "1 places"]:
+        """Takes a caption's ids from those that wait, or makes them."""
         for waiting in self._waiting.values():
             if caption in waiting:
                 return waiting.pop(caption)
-        return self.tokenizer([caption])
+        return self._tokenize(caption)
 
-    def _others(self, places: int, known: Container[str]) -> Iterator[tuple[str, Int[Tensor, "1 l"]]]:
+    def _tokenize(self, caption: str) -> Int[Tensor, "1 places"]:
+        """Returns a caption's ids, cut to the places that are encoded. Those after its end change nothing, if each
+        token sees only the ones before it.
+        """
+        ids = self.tokenizer([caption])
+        if self._clip.attn_mask is None:
+            return ids
+        return ids[:, : math.ceil(int(self.tokenizer.lengths(ids)) / PLACES) * PLACES]
+
+    def _others(self, places: int, known: Container[str]) -> Iterator[tuple[str, Int[Tensor, "1 places"]]]:
         """Yields some of the expected captions that take so many places, and their ids."""
         waiting, size = self._waiting[places], self._batch()
         unknown = (caption for caption in self._expected if caption not in known and self._memory.get(caption) is None)
         if len(waiting) < size:
             for caption in islice(unknown, 4 * size):  # not all: those that are sought may be few
-                ids = self.tokenizer([caption])
-                self._waiting[self._places(ids)][caption] = ids
+                ids = self._tokenize(caption)
+                self._waiting[ids.shape[1]][caption] = ids
         while waiting:
             caption = next(iter(waiting))
             yield caption, waiting.pop(caption)
-
-    def _places(self, ids: Int[Tensor, "1 l"]) -> int:
-        """Returns how many places of the context a caption is encoded in. Those after its end change nothing, if each
-        token sees only the ones before it.
-        """
-        if self._clip.attn_mask is None:
-            return self.tokenizer.length
-        filled = int(self.tokenizer.lengths(ids))
-        return min(-(-filled // PLACES) * PLACES, self.tokenizer.length)
 
     def _batch(self) -> int:
         return GPU_BATCH if self.device.type == "cuda" else BATCH
 
     @torch.no_grad()
-    def _encode(self, captions: dict[str, Int[Tensor, "1 l"]]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Encodes captions, given with their ids, that take as many places."""
-        places = max(self._places(ids) for ids in captions.values())
-        empty = [self.tokenizer([""])] * (self._batch() - len(captions))
-        ids = torch.cat([*captions.values(), *empty])[:, :places]
+    def _encode(self, captions: dict[str, Int[Tensor, "1 places"]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Encodes captions that take as many places, given with their ids."""
+        ids = torch.cat(list(captions.values()))
+        empty = self.tokenizer([""])[:, : ids.shape[1]]
+        ids = torch.cat([ids, empty.expand(self._batch() - len(ids), -1)])
         # in full precision also under a training's autocast: what is remembered must not depend on who asked first
         with torch.autocast(self.device.type, enabled=False):
             tokens, vectors = text_half(self._clip, ids.to(self.device), self._layer)

@@ -134,11 +134,11 @@ class Tower(TextEncoder):
         tokens, vectors = zip(*self._rows(captions), strict=True)
         return Cond(tokens=torch.stack(tokens), vector=None if self.vector_dim is None else torch.stack(vectors))
 
-    def _places(self, ids: Int[Tensor, "1 l"]) -> int:
-        return self.tokenizer.length  # padding is looked at
+    def _tokenize(self, caption: str) -> Int[Tensor, "1 places"]:
+        return self.tokenizer([caption])  # padding is looked at
 
     @torch.no_grad()
-    def _encode(self, captions: dict[str, Int[Tensor, "1 l"]]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _encode(self, captions: dict[str, Int[Tensor, "1 places"]]) -> dict[str, tuple[Tensor, Tensor]]:
         vectors, tokens = self._clip(torch.cat(list(captions.values())).to(self.device))
         rows = {}
         for caption, row, vector in zip(captions, tokens.float().cpu(), vectors.float().cpu(), strict=True):
