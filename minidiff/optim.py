@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 
+from minidiff.machine import multiplies_bf16
+
 EPS = 1e-8  # of AdamW
 MATRIX_LR = 10.0  # Muon's learning rate over AdamW's: 0.02 where AdamW takes 2e-3
 # a·s + b·s³ + c·s⁵ with each (a, b, c) in turn brings every s in (0.001, 1] near 1: each is made for where the one
@@ -115,10 +117,11 @@ class Muon(Optimizer):
 def orthogonal(matrices: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
     """Returns about U·Vᵀ for each matrix U·S·Vᵀ: singular values end between 0.8 and 1.1, except those near zero.
 
-    A Newton-Schulz iteration in bfloat16: matrix products only, and the errors do not matter for an update.
+    A Newton-Schulz iteration: matrix products only, in bfloat16 where the hardware has it, for the errors do not matter
+    for an update.
     """
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = (matrices if wide else matrices.mT).to(torch.bfloat16)
+    x = (matrices if wide else matrices.mT).to(torch.bfloat16 if multiplies_bf16(matrices.device) else torch.float32)
     x = x / (MARGIN * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value exceeds 1 now
     for a, b, c in QUINTICS:
         gram = x @ x.mT

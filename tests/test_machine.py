@@ -224,3 +224,14 @@ def test_on_cuda_cudnns_attention_is_not_used(monkeypatch):
     for device in ("cpu", "cuda"):
         machine.avoid_broken_kernels(torch.device(device))
     assert wanted == [False]
+
+
+def test_bf16_is_chosen_only_where_the_hardware_multiplies_it(monkeypatch):
+    """A T4 (which Colab lends) imitates bfloat16 and so does a CPU with AVX2 alone: PyTorch says yes, and crawls."""
+
+    def with_emulation(including_emulation=True):
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", with_emulation)
+    assert machine.resolve_precision("auto", torch.device("cuda")) == "fp32"
+    assert machine.resolve_precision("bf16", torch.device("cuda")) == "bf16"  # who asks for it gets it

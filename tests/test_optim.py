@@ -27,8 +27,10 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> No
     optimizer.step()
 
 
+@pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("shape", [(2, 8, 8), (3, 4, 20), (3, 20, 4)])
-def test_orthogonal_keeps_the_directions_and_evens_their_lengths(shape):
+def test_orthogonal_keeps_the_directions_and_evens_their_lengths(shape, bf16, monkeypatch):
+    monkeypatch.setattr("minidiff.optim.multiplies_bf16", lambda device: bf16)
     generator = torch.Generator().manual_seed(1)
     u, s, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     s = torch.linspace(5, 0.5, s.shape[1]).expand_as(s)
