@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--split", default="heldout")
     parser.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise on the pictures")
     values = pairs.parse(parser)
-    agreement = Agreement(tiny(values.weights))
+    agreement = tiny(values.weights).agreement()
     alone = [example(values.split, i, weights={"single_object": 1.0}).scene for i in range(values.scenes)]
     for name in VALUES:
         for told_all in (False, True):

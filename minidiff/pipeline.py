@@ -151,7 +151,7 @@ class Pipeline:
     def agreement(self) -> Agreement:
         """Tells how well pictures fit prompts, by the whole OpenCLIP model whose text half is the encoder."""
         if self._agreement is None:
-            self._agreement = Agreement(self.text)
+            self._agreement = self.text.agreement()
         return self._agreement
 
     def unknown_words(self, prompt: str) -> list[str]:

@@ -17,7 +17,7 @@ COUNT = 48
 
 @pytest.fixture(scope="module")
 def agreement() -> Agreement:
-    return Agreement(tiny())
+    return tiny().agreement()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_pretrained_models_see_pictures_by_their_own_mean_and_deviation(agreemen
 
 def test_a_text_half_alone_cannot_choose():
     with pytest.raises(InputError, match="MD-TEXT-004.*candidates"):
-        Agreement(tower())
+        tower().agreement()
 
 
 def test_candidates_of_a_text_half_alone_are_refused_before_anything_is_drawn(tiny_run, monkeypatch):

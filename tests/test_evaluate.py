@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minidiff.errors import InputError
-from minidiff.evaluate.__main__ import evaluate, read
+from minidiff.evaluate.__main__ import data_of, evaluate, read
 from minidiff.evaluate.scenes import interval, score_scenes, summary
 from minidiff.shapes import CATEGORIES, COLOURS, example, render
 
@@ -82,13 +82,15 @@ def test_of_candidates_all_network_evaluations_count(tiny_run, tmp_path, capsys)
     assert "12 network evaluations a picture, guidance 2, the best of 3 in OpenCLIP's eyes" in capsys.readouterr().out
 
 
-def test_a_run_of_another_world_is_not_scored(tiny_run):
+def test_what_a_run_has_read_decides_how_it_is_scored(tiny_run):
     import minidiff
+    from minidiff.pipeline import find_checkpoint
 
-    pipe = minidiff.load(tiny_run, device="cpu")
+    pipe, folder = minidiff.load(tiny_run, device="cpu"), find_checkpoint(tiny_run)
+    assert data_of(pipe, folder, []) is None  # the shapes world
+    assert data_of(pipe, folder, ["data.validation=20"])["data"]["validation"] == 20  # what was asked for
     pipe.vocabulary = frozenset({"cat", "dog"})
-    with pytest.raises(InputError, match="not trained on the shapes world"):
-        evaluate(pipe, read([f"run={tiny_run}"]), tiny_run)
+    assert data_of(pipe, folder, [])["data"]["validation"] == 16  # what it was trained on
 
 
 @pytest.mark.parametrize(

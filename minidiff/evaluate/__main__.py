@@ -1,24 +1,32 @@
 """Scores a run: python -m minidiff.evaluate run=runs/shapes
 
-Draws prompts of the held-out split, reads the pictures back and prints how often they show what was asked. Writes
-eval.json and eval.png into the run folder.
+Draws pictures for held-out prompts, prints how good they are, and writes eval.json and eval.png into the run folder.
+
+On the shapes world it is decided: every picture is read back, and shows what was asked or does not. A run that was
+trained on other pictures is compared with those it held out, in the eyes of OpenCLIP: CLIP score, R-precision and CMMD.
+data=parquet data.path=… (as train.py has it) names pictures to compare with, for a Stable Diffusion folder, say.
 
     run=runs/RUN       a run folder, one of its checkpoints, or a Stable Diffusion folder
-    n=100              prompts per category
-    split=heldout      compositions never trained together; or test, train
+    n=                 prompts per category (100); of other worlds, pictures (500, or as many as there are)
+    split=heldout      compositions never trained together; or test, train. Of other worlds, heldout or train
     weights=ema        or raw
     seed=0             of the first picture
     steps= guidance=   of sampling; the run's own if not given
     candidates=1       drawn for every picture; the one that OpenCLIP finds to fit best is judged
+    eyes=              MODEL/WEIGHTS of OpenCLIP that look at pictures of other worlds; the run's own if not given
+    save=false         true: all pictures go to eval/drawn and eval/real in the run folder, for other measures
     device=auto        or cpu, cuda, mps
     debug=false        show tracebacks
 """
 
 import json
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from minidiff.errors import InputError, MinidiffError, did_you_mean
+from minidiff.redact import redact
 
 OPTIONS = {
     "run": str,
@@ -29,27 +37,33 @@ OPTIONS = {
     "steps": int,
     "guidance": float,
     "candidates": int,
+    "eyes": str,
+    "save": str,
     "device": str,
     "debug": str,
 }
 DEFAULTS = {
-    "n": 100,
+    "n": None,
     "split": "heldout",
     "weights": "ema",
     "seed": 0,
     "steps": None,
     "guidance": None,
     "candidates": None,
+    "eyes": None,
+    "save": "false",
     "device": "auto",
     "debug": "false",
 }
+PROMPTS, PICTURES = 100, 500  # of a category; of another world
 
 
 def main(arguments: list[str]) -> None:
     if not arguments or any(x in ("-h", "--help") for x in arguments):
         print(__doc__)
         return
-    options = read(arguments)
+    data = [x for x in arguments if x.startswith(("data=", "data."))]
+    options = read([x for x in arguments if x not in data])
 
     import minidiff
     from minidiff.pipeline import find_checkpoint
@@ -58,18 +72,19 @@ def main(arguments: list[str]) -> None:
     foreign = minidiff.interop.is_pipeline(place)
     checkpoint = place if foreign else find_checkpoint(place)
     pipe = minidiff.load(checkpoint, weights=options["weights"], device=options["device"])
-    evaluate(pipe, options, place if foreign else checkpoint.parents[1])
+    evaluate(pipe, options, place if foreign else checkpoint.parents[1], data_of(pipe, checkpoint, data))
 
 
-def read(arguments: list[str]) -> dict:
-    """Returns the options of `key=value` arguments; raises InputError (MD-EVAL-001, -002) in words."""
+def read(arguments: Sequence[str]) -> dict:
+    """Returns the options of `key=value` arguments; raises InputError (MD-EVAL-001 to -003) in words."""
     options = dict(DEFAULTS)
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key not in OPTIONS:
             raise InputError(
                 "MD-EVAL-001",
-                f"Unknown option '{argument}'; the options are {', '.join(OPTIONS)}.{did_you_mean(key, list(OPTIONS))}",
+                f"Unknown option '{argument}'; the options are {', '.join(OPTIONS)}, and data=… with all that "
+                f"train.py takes below it.{did_you_mean(key, list(OPTIONS))}",
             )
         try:
             options[key] = OPTIONS[key](value)
@@ -78,46 +93,69 @@ def read(arguments: list[str]) -> dict:
             raise InputError("MD-EVAL-002", f"{argument}: {key} must be {kind}.") from error
     if "run" not in options:
         raise InputError("MD-EVAL-003", "Say what to score: run=runs/RUN.")
-    if options["n"] < 1:
-        raise InputError("MD-EVAL-002", f"n={options['n']}: at least one prompt per category is needed.")
+    if options["n"] is not None and options["n"] < 1:
+        raise InputError("MD-EVAL-002", f"n={options['n']}: at least one prompt is needed.")
+    if options["save"] not in ("true", "false"):
+        raise InputError("MD-EVAL-002", f"save={options['save']}: it must be true or false.")
     return options
 
 
-def evaluate(pipe, options: dict, folder: Path) -> dict:
-    """Scores a pipeline on the shapes world, prints the table and writes eval.json and eval.png into `folder`."""
-    from minidiff.evaluate.scenes import score_scenes, summary
+def data_of(pipe: "Pipeline", checkpoint: Path, data: Sequence[str]) -> dict | None:  # noqa: F821
+    """Returns the configuration of the pictures to compare with: the data that were named, or those that a run of
+    another world was trained on; None for the shapes world.
+    """
+    from minidiff.config import compose
+
+    if data:
+        return compose("train", data)
+    if knows_shapes(pipe):
+        return None
+    from minidiff import checkpoint as checkpoints
+
+    return checkpoints.load(checkpoint, []).entry("config")
+
+
+def knows_shapes(pipe: "Pipeline") -> bool:  # noqa: F821
+    """Whether at least half of the shapes world's words were in the training captions (a small run may lack a few), or
+    nobody knows what was.
+    """
     from minidiff.pipeline import words
     from minidiff.shapes import CATEGORIES, example
 
     prompts = [example("test", 0, 0, {name: 1.0}).captions[0] for name in CATEGORIES]
-    foreign = sorted({word for prompt in prompts for word in pipe.unknown_words(prompt)})
-    if len(foreign) > len({word for prompt in prompts for word in words(prompt)}) / 2:  # a small run may lack a few
-        raise InputError(
-            "MD-EVAL-004",
-            f"{folder} was not trained on the shapes world (its captions never held {', '.join(foreign[:8])}), and "
-            "only there can prompt-following be decided. Train on data=shapes to be scored.",
-        )
+    asked = {word for prompt in prompts for word in words(prompt)}
+    return len({word for prompt in prompts for word in pipe.unknown_words(prompt)}) <= len(asked) / 2
+
+
+def evaluate(pipe: "Pipeline", options: dict, folder: Path, values: dict | None = None) -> dict:  # noqa: F821
+    """Scores a pipeline, on the shapes world or by the pictures of a training configuration `values`; prints the table
+    and writes eval.json and eval.png into `folder`.
+    """
     how = {name: options[name] for name in ("steps", "guidance", "candidates")}
-    calls = NetworkCalls(pipe)
-    verdicts = score_scenes(
-        lambda prompts, seeds: pipe.sample(prompts, seeds, **how),
-        n=options["n"],
-        split=options["split"],
-        seed=options["seed"],
-    )
-    report = summary(verdicts) | {"weights": options["weights"], "split": options["split"], "seed": options["seed"]}
+    calls, draw = NetworkCalls(pipe), partial(pipe.sample, **how)
+    place = {"split": options["split"], "seed": options["seed"]}
+    if values is None:
+        from minidiff.evaluate.scenes import judge_scenes
+
+        found = judge_scenes(draw, n=options["n"] or PROMPTS, **place)
+    else:
+        from minidiff.evaluate.pictures import judge_pictures, real_pictures
+
+        if options["split"] not in ("heldout", "train"):
+            raise InputError("MD-EVAL-002", f"split={options['split']}: of pictures, it must be heldout or train.")
+        eyes = named_eyes(options["eyes"], pipe) if options["eyes"] else pipe.agreement
+        real = real_pictures(values, options["split"], options["n"] or PICTURES, pipe.space.image_size)
+        found = judge_pictures(draw, real, eyes, options["seed"])
     settings = pipe.sampling.but(**how)
-    report |= {
-        "run": pipe.name,
-        "steps": settings.steps,
-        "guidance": settings.guidance,
-        "candidates": settings.candidates,
-        "evaluations": calls.per_image(len(verdicts)),
-    }
+    report = found.report | place | {"weights": options["weights"], "run": pipe.name}
+    report |= {name: getattr(settings, name) for name in how}
+    report["evaluations"] = calls.images / len(found.pictures["drawn"])
     (folder / "eval.json").write_text(json.dumps(report, indent=1))
-    sheet(verdicts).save(folder / "eval.png")
-    print(table(report, options["n"]))
+    found.sheet.save(folder / "eval.png")
+    print("\n".join([headline(report), "", *found.lines]))
     print(f"written: {folder / 'eval.json'}, {folder / 'eval.png'}")
+    if options["save"] == "true":
+        write(found.pictures, folder / "eval")
     return report
 
 
@@ -131,35 +169,42 @@ class NetworkCalls:
     def _count(self, _, inputs: tuple) -> None:
         self.images += len(inputs[0])
 
-    def per_image(self, n: int) -> float:
-        return self.images / n
+
+def named_eyes(name: str, pipe: "Pipeline") -> "Agreement":  # noqa: F821
+    """Returns the OpenCLIP model MODEL/WEIGHTS, where the weights are one of OpenCLIP's tags or a safetensors file."""
+    from minidiff.text import Agreement
+
+    model, _, weights = name.partition("/")
+    if not weights:
+        raise InputError("MD-EVAL-002", f"eyes={name}: it must be MODEL/WEIGHTS, such as ViT-L-14/openai.")
+    kind = "weights" if weights.endswith(".safetensors") else "pretrained"
+    return Agreement(model, **{kind: weights}, device=pipe.device)
 
 
-def table(report: dict, n: int) -> str:
-    """Returns the scores as text."""
-    from minidiff.evaluate.scenes import interval
-
-    lines = [f"{report['run']}, {report['weights']} weights, {report['split']} split, {n} prompts per category,"]
-    how = f"{report['evaluations']:.0f} network evaluations a picture, guidance {report['guidance']:g}"
-    how += f", the best of {report['candidates']} in OpenCLIP's eyes" if report["candidates"] > 1 else ""
-    lines += [how, ""]
-    lines += [f"{'category':<18} {'exact':>6}   {'95 % interval':<13}  {'rms':>6}"]
-    for name, score in report["categories"].items():
-        low, high = interval(score, n)
-        lines.append(f"{name:<18} {score:6.3f}   {low:.3f} … {high:.3f}  {report['rms_categories'][name]:6.3f}")
-    lines += [f"{'overall':<18} {report['overall']:6.3f}   {'':<13}  {report['rms']:6.3f}", ""]
-    faults = ", ".join(f"{name} {k}×" for name, k in sorted(report["wrong"].items(), key=lambda x: -x[1]))
-    return "\n".join([*lines, f"wrong in single objects: {faults or 'nothing'}"])
+def headline(report: dict) -> str:
+    """Returns what was scored, and how it was drawn."""
+    best = f", the best of {report['candidates']} in OpenCLIP's eyes" if report["candidates"] > 1 else ""
+    return (
+        f"{report['run']}, {report['weights']} weights, {report['split']} split, {report['evaluations']:.0f} network "
+        f"evaluations a picture, guidance {report['guidance']:g}{best}"
+    )
 
 
-def sheet(verdicts: list):
-    """Returns a sheet with the first pictures of every category, a row each; those that are wrong are framed."""
-    from minidiff.evaluate.scenes import CATEGORIES
-    from minidiff.viz import grid
-
-    shown = [v for name in CATEGORIES for v in [v for v in verdicts if v.category == name][:8]]
-    missed = [i for i, v in enumerate(shown) if not v.holds]
-    return grid([v.image for v in shown], [v.prompt for v in shown], columns=8, framed=missed)
+def write(pictures: dict, folder: Path) -> None:
+    """Writes pictures as PNG files, in place of those that were there, and says what else may judge them."""
+    for name, some in pictures.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for old in (folder / name).glob("*.png"):
+            old.unlink()
+        for i, picture in enumerate(some):
+            picture.save(folder / name / f"{i:05d}.png")
+        print(f"written: {len(some)} pictures in {folder / name}")
+    if "real" in pictures:
+        size = min(1000, len(pictures["real"]))
+        print(
+            f"FID and KID: pip install -e '.[eval]' and fidelity --fid --kid --kid-subset-size {size} --input1 "
+            f"{folder / 'drawn'} --input2 {folder / 'real'} (of fewer than 2048 pictures, FID depends on their number)"
+        )
 
 
 if __name__ == "__main__":
@@ -168,5 +213,5 @@ if __name__ == "__main__":
     except MinidiffError as error:
         if "debug=true" in sys.argv:
             raise
-        print(error, file=sys.stderr)
+        print(redact(str(error)), file=sys.stderr)
         sys.exit(error.exit_code)

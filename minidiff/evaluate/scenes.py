@@ -8,15 +8,15 @@ should not be.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
-from torch import Tensor
 
+from minidiff.evaluate import Draw, Judgement
 from minidiff.pipeline import to_pil
 from minidiff.shapes import CATEGORIES, Claim, Scene, distance, example, parse
+from minidiff.viz import COLUMNS, grid
 
 ATTRIBUTES = ("shape", "colour", "size", "texture", "place")
 
@@ -33,17 +33,18 @@ class Verdict:
     wrong: tuple[str, ...]  # what is wrong, for pictures of one thing
 
 
-def score_scenes(
-    sample: Callable[[Sequence[str], Sequence[int]], Float[Tensor, "n 3 h w"]],
-    *,
-    n: int,
-    split: str = "heldout",
-    seed: int = 0,
-) -> list[Verdict]:
-    """Draws `n` prompts of every category by `sample(prompts, seeds)` and decides each picture."""
+def judge_scenes(draw: Draw, *, n: int, split: str = "heldout", seed: int = 0) -> Judgement:
+    """Draws `n` prompts of every category and reads the pictures back."""
+    verdicts = score_scenes(draw, n=n, split=split, seed=seed)
+    report = summary(verdicts)
+    return Judgement(report, table(report, n), sheet(verdicts), {"drawn": [v.image for v in verdicts]})
+
+
+def score_scenes(draw: Draw, *, n: int, split: str = "heldout", seed: int = 0) -> list[Verdict]:
+    """Draws `n` prompts of every category and decides each picture."""
     jobs = [(name, example(split, i, 0, {name: 1.0})) for name in CATEGORIES for i in range(n)]
     seeds = [seed + i for i in range(len(jobs))]
-    images = sample([task.captions[0] for _, task in jobs], seeds)
+    images = draw([task.captions[0] for _, task in jobs], seeds)
     verdicts = []
     for (category, task), image in zip(jobs, images, strict=True):
         picture = to_pil(image)
@@ -89,3 +90,21 @@ def interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def table(report: dict, n: int) -> list[str]:
+    """Returns the scores as lines of text."""
+    lines = [f"{'category':<18} {'exact':>6}   {'95 % interval':<13}  {'rms':>6}"]
+    for name, score in report["categories"].items():
+        low, high = interval(score, n)
+        lines.append(f"{name:<18} {score:6.3f}   {low:.3f} … {high:.3f}  {report['rms_categories'][name]:6.3f}")
+    lines += [f"{'overall':<18} {report['overall']:6.3f}   {'':<13}  {report['rms']:6.3f}", ""]
+    faults = ", ".join(f"{name} {k}×" for name, k in sorted(report["wrong"].items(), key=lambda x: -x[1]))
+    return [*lines, f"wrong in single objects: {faults or 'nothing'}"]
+
+
+def sheet(verdicts: Sequence[Verdict]) -> "Image.Image":  # noqa: F821
+    """Returns a sheet with the first pictures of every category, a row each; those that are wrong are framed."""
+    shown = [v for name in CATEGORIES for v in [v for v in verdicts if v.category == name][:COLUMNS]]
+    missed = [i for i, v in enumerate(shown) if not v.holds]
+    return grid([v.image for v in shown], [v.prompt for v in shown], COLUMNS, framed=missed)

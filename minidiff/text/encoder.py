@@ -16,6 +16,7 @@ from minidiff.cache import Cache, content_key
 from minidiff.cond import Cond
 from minidiff.resources import bundled
 from minidiff.state import fingerprint
+from minidiff.text.agreement import Agreement
 from minidiff.text.clip import TINY, Tokenizer, load_clip, text_half
 
 # Captions encoded at once, the last ones filled up with expected and then with empty ones. Always as many on a device,
@@ -33,7 +34,6 @@ class TextEncoder:
     `pooled=False` gives tokens only and no vectors, as Stable Diffusion listens to them.
     """
 
-    recipe: dict | None = None  # of the whole OpenCLIP model; None where there is but a text half
     _expected: Iterator[str] = iter(())  # none, until `expect` says which
 
     def __init__(
@@ -61,6 +61,11 @@ class TextEncoder:
     def parameters(self) -> int:
         """How many numbers the transformer has."""
         return sum(p.numel() for p in self._clip.parameters())
+
+    def agreement(self) -> Agreement:
+        """Returns the whole OpenCLIP model of which this is the text half, built again, where the encoder is."""
+        recipe = {name: value for name, value in self.recipe.items() if name != "layer"}
+        return Agreement(**recipe, device=self.device)
 
     def to(self, device: torch.device | str) -> "TextEncoder":
         """Moves the transformer; the memory stays on the CPU."""

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from jaxtyping import Int
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from minidiff.cache import Cache
 from minidiff.cond import Cond
+from minidiff.errors import InputError
 from minidiff.state import fingerprint, load_model
 from minidiff.text.clip import open_clip_quietly
 from minidiff.text.encoder import TextEncoder
@@ -110,6 +112,15 @@ class Tower(TextEncoder):
         self._clip = clip.eval().requires_grad_(False)
         self._memory, self._waiting, self.device = {}, defaultdict(dict), torch.device("cpu")
         self.token_dim, self.vector_dim = shape.width, (shape.projection or shape.width) if pooled else None
+
+    def agreement(self) -> NoReturn:
+        """Raises InputError (MD-TEXT-004): there is no other half."""
+        raise InputError(
+            "MD-TEXT-004",
+            "This model's text encoder comes without the half that looks at pictures, so it cannot say how well a "
+            "picture fits its prompt. Draw without candidates=; evaluate with other eyes, such as "
+            "eyes=ViT-L-14/openai.",
+        )
 
     @property
     def weights(self) -> dict[str, Tensor]:
