@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -6,8 +7,9 @@ import pytest
 import torch
 
 from minidiff.errors import InputError
-from minidiff.evaluate.__main__ import data_of, evaluate, read
+from minidiff.evaluate.__main__ import evaluate, main, read
 from minidiff.evaluate.scenes import interval, score_scenes, summary
+from minidiff.resources import bundled
 from minidiff.shapes import CATEGORIES, COLOURS, example, render
 
 N = 6
@@ -82,15 +84,10 @@ def test_of_candidates_all_network_evaluations_count(tiny_run, tmp_path, capsys)
     assert "12 network evaluations a picture, guidance 2, the best of 3 in OpenCLIP's eyes" in capsys.readouterr().out
 
 
-def test_what_a_run_has_read_decides_how_it_is_scored(tiny_run):
-    import minidiff
-    from minidiff.pipeline import find_checkpoint
-
-    pipe, folder = minidiff.load(tiny_run, device="cpu"), find_checkpoint(tiny_run)
-    assert data_of(pipe, folder, []) is None  # the shapes world
-    assert data_of(pipe, folder, ["data.validation=20"])["data"]["validation"] == 20  # what was asked for
-    pipe.vocabulary = frozenset({"cat", "dog"})
-    assert data_of(pipe, folder, [])["data"]["validation"] == 16  # what it was trained on
+def test_the_bundled_run_which_holds_no_configuration_is_of_the_shapes_world(tmp_path):
+    run = shutil.copytree(bundled("shapes_run"), tmp_path / "run")
+    main([f"run={run}", "n=1", "device=cpu"])
+    assert json.loads((run / "eval.json").read_text())["n"] == 6
 
 
 @pytest.mark.parametrize(

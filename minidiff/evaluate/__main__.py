@@ -4,7 +4,7 @@ Draws pictures for held-out prompts, prints how good they are, and writes eval.j
 
 On the shapes world it is decided: every picture is read back, and shows what was asked or does not. A run that was
 trained on other pictures is compared with those it held out, in the eyes of OpenCLIP: CLIP score, R-precision and CMMD.
-data=parquet data.path=… (as train.py has it) names pictures to compare with, for a Stable Diffusion folder, say.
+A Stable Diffusion folder draws shapes, or what is named by data=parquet data.path=… and the like, as train.py has it.
 
     run=runs/RUN       a run folder, one of its checkpoints, or a Stable Diffusion folder
     n=                 prompts per category (100); of other worlds, pictures (500, or as many as there are)
@@ -56,6 +56,7 @@ DEFAULTS = {
     "debug": "false",
 }
 PROMPTS, PICTURES = 100, 500  # of a category; of another world
+SHAPES = "minidiff.data.shapes"  # the source whose pictures can be read back
 
 
 def main(arguments: list[str]) -> None:
@@ -66,13 +67,18 @@ def main(arguments: list[str]) -> None:
     options = read([x for x in arguments if x not in data])
 
     import minidiff
+    from minidiff import checkpoint as checkpoints
+    from minidiff.config import compose
     from minidiff.pipeline import find_checkpoint
 
     place = Path(options["run"])
     foreign = minidiff.interop.is_pipeline(place)
     checkpoint = place if foreign else find_checkpoint(place)
     pipe = minidiff.load(checkpoint, weights=options["weights"], device=options["device"])
-    evaluate(pipe, options, place if foreign else checkpoint.parents[1], data_of(pipe, checkpoint, data))
+    values = (
+        compose("train", data) if data else None if foreign else checkpoints.load(checkpoint, []).state.get("config")
+    )
+    evaluate(pipe, options, place if foreign else checkpoint.parents[1], values)
 
 
 def read(arguments: Sequence[str]) -> dict:
@@ -100,41 +106,14 @@ def read(arguments: Sequence[str]) -> dict:
     return options
 
 
-def data_of(pipe: "Pipeline", checkpoint: Path, data: Sequence[str]) -> dict | None:  # noqa: F821
-    """Returns the configuration of the pictures to compare with: the data that were named, or those that a run of
-    another world was trained on; None for the shapes world.
-    """
-    from minidiff.config import compose
-
-    if data:
-        return compose("train", data)
-    if knows_shapes(pipe):
-        return None
-    from minidiff import checkpoint as checkpoints
-
-    return checkpoints.load(checkpoint, []).entry("config")
-
-
-def knows_shapes(pipe: "Pipeline") -> bool:  # noqa: F821
-    """Whether at least half of the shapes world's words were in the training captions (a small run may lack a few), or
-    nobody knows what was.
-    """
-    from minidiff.pipeline import words
-    from minidiff.shapes import CATEGORIES, example
-
-    prompts = [example("test", 0, 0, {name: 1.0}).captions[0] for name in CATEGORIES]
-    asked = {word for prompt in prompts for word in words(prompt)}
-    return len({word for prompt in prompts for word in pipe.unknown_words(prompt)}) <= len(asked) / 2
-
-
 def evaluate(pipe: "Pipeline", options: dict, folder: Path, values: dict | None = None) -> dict:  # noqa: F821
-    """Scores a pipeline, on the shapes world or by the pictures of a training configuration `values`; prints the table
+    """Scores a pipeline by the world of a training configuration `values` (None: the shapes world); prints the table
     and writes eval.json and eval.png into `folder`.
     """
     how = {name: options[name] for name in ("steps", "guidance", "candidates")}
     calls, draw = NetworkCalls(pipe), partial(pipe.sample, **how)
     place = {"split": options["split"], "seed": options["seed"]}
-    if values is None:
+    if values is None or values["data"]["_target_"] == SHAPES:
         from minidiff.evaluate.scenes import judge_scenes
 
         found = judge_scenes(draw, n=options["n"] or PROMPTS, **place)
