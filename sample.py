@@ -3,6 +3,8 @@
     python sample.py run=runs/shapes prompt="a large red star on a navy background" seed=7
     python sample.py run=runs/shapes prompts=prompts.txt n=4 steps=50 guidance=3 sampler=heun
     python sample.py run=stable-diffusion-v1-5 prompt="a small red boat" lora=boats.safetensors lora_scale=0.8
+    python sample.py run=runs/shapes prompt="a blue star" image=star.png strength=0.6      # that picture, changed
+    python sample.py run=runs/shapes prompt="a blue star" image=star.png mask=left.png     # its white part drawn anew
 
 `run` is a run of ours or a Stable Diffusion folder in the layout of diffusers.
 Each PNG carries in its metadata that a model made it, and what is needed to make it again: prompt, seed, sampler,
@@ -43,6 +45,7 @@ def main(values: dict) -> None:
         for remark in remarks(pipe, prompt):
             print(remark)
 
+    original = read_original(pipe, values)
     settings = {name: values[name] for name in SETTINGS}
     settings |= {name: build(values[name]) for name in ("sampler", "grid") if values.get(name)}
     jobs = [(prompt, values["seed"] + i) for prompt in prompts for i in range(values["n"])]
@@ -51,6 +54,7 @@ def main(values: dict) -> None:
             [prompt for prompt, _ in jobs],
             [seed for _, seed in jobs],
             negative=values["negative"],
+            original=original,
             batch_size=values["batch_size"],
             **settings,
         )
@@ -65,6 +69,9 @@ def main(values: dict) -> None:
     how |= {name: values[name] for name in ("negative", "weights", "lora", "lora_scale")}
     how |= {"run": pipe.name, "minidiff": minidiff.__version__}
     how["precision"] = pipe.precision
+    if original is not None:
+        how |= {name: Path(values[name]).name for name in ("image", "mask") if values[name] is not None}
+        how["strength"] = original.strength
     made = [
         (to_pil(image), MADE_BY_A_MODEL | {"prompt": prompt, "seed": seed} | how)
         for image, (prompt, seed) in zip(images, jobs, strict=True)
@@ -87,6 +94,24 @@ def read_prompts(values: dict) -> list[str]:
     if not any(lines):
         raise InputError("MD-SAMPLE-013", f"prompts={file} holds no prompt. It should hold one a line.")
     return [line for line in lines if line]
+
+
+def read_original(pipe, values: dict) -> "Original | None":  # noqa: F821
+    """Returns the picture to begin with, read as carefully as training data, or None."""
+    from minidiff.data import BadImage, read_image
+
+    given = [name for name in ("image", "mask", "strength") if values[name] is not None]
+    if "image" not in given:
+        if given:
+            raise InputError("MD-SAMPLE-017", f"{given[0]}= says what becomes of a picture: name one by image=FILE.")
+        return None
+    pictures = []
+    for name in ("image", "mask"):
+        try:
+            pictures.append(values[name] and read_image({"path": values[name]}, background=None))
+        except BadImage as error:
+            raise InputError("MD-SAMPLE-014", f"{name}={values[name]} cannot be read: {error}.") from error
+    return pipe.original(pictures[0], mask=pictures[1], strength=values["strength"])
 
 
 def remarks(pipe, prompt: str) -> list[str]:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from minidiff.cond import Cond
@@ -71,6 +71,16 @@ def edit_x0(denoise: Callable, process: Process, edit: Callable) -> Callable:
 def clamped(denoise: Callable, process: Process, low: float, high: float) -> Callable:
     """Keeps x0_hat in the range of the data, [low, high] (static thresholding, Ho et al. 2020)."""
     return edit_x0(denoise, process, lambda x0: x0.clamp(low, high))
+
+
+def inpainted(
+    denoise: Callable, process: Process, known: Float[Tensor, "b ..."], keep: Bool[Tensor, "b ..."]
+) -> Callable:
+    """Makes x0_hat the `known` picture wherever `keep` says: the rest is drawn to go with it.
+
+    The network sees what stays under the same noise as the rest, at every step, and answers for both together.
+    """
+    return edit_x0(denoise, process, lambda x0: torch.where(keep, known, x0))
 
 
 def dynamic_threshold(denoise: Callable, process: Process, percentile: float) -> Callable:

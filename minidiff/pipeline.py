@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from minidiff import checkpoint, guidance
@@ -27,6 +28,7 @@ from minidiff.errors import CheckpointError, InputError
 from minidiff.machine import compile_network, resolve_device, resolve_precision
 from minidiff.nn.packed import packed
 from minidiff.objective import Objective
+from minidiff.original import Original, prepare
 from minidiff.process import Process
 from minidiff.samplers import State
 from minidiff.seeds import generator
@@ -82,7 +84,7 @@ class Snapshot(NamedTuple):
     xt: Float[Tensor, "c h w"]
     x0_hat: Float[Tensor, "c h w"]
     eps_hat: Float[Tensor, "c h w"]
-    image: "Image.Image"  # noqa: F821
+    image: Image.Image
 
 
 class Pipeline:
@@ -117,17 +119,35 @@ class Pipeline:
         return f"{self.precision}, {compile_network(self.denoiser.net, compile, self.device)}"
 
     def __call__(
-        self, prompt: str, *, negative: str = "", seed: int = 0, n: int = 1, **settings: object
-    ) -> "list[Image.Image]":  # noqa: F821
-        """Returns `n` pictures of a prompt, with the seeds seed, seed + 1, …; `settings` replace fields of
-        `Sampling`.
+        self,
+        prompt: str,
+        *,
+        negative: str = "",
+        seed: int = 0,
+        n: int = 1,
+        original: Original | None = None,
+        **settings: object,
+    ) -> list[Image.Image]:
+        """Returns `n` pictures of a prompt, with the seeds seed, seed + 1, …; `original` is a picture to begin with
+        (`pipe.original`), and `settings` replace fields of `Sampling`.
         """
-        images = self.sample([prompt] * n, list(range(seed, seed + n)), negative=negative, **settings)
+        seeds = list(range(seed, seed + n))
+        images = self.sample([prompt] * n, seeds, negative=negative, original=original, **settings)
         return [to_pil(image) for image in images]
 
-    def steps(self, prompt: str, *, negative: str = "", seed: int = 0, **settings: object) -> Iterator[Snapshot]:
-        """Yields every state of one picture (the first candidate), from pure noise (t = 1) to the picture (t = 0)."""
-        for s in self._states([prompt], [seed], negative, self.sampling.but(**settings)):
+    def original(
+        self, image: Image.Image, *, mask: Image.Image | None = None, strength: float | None = None
+    ) -> Original:
+        """Returns a picture to begin with, in the size of this model: see `minidiff.original`."""
+        return prepare(image, self.space.image_size, mask=mask, strength=strength)
+
+    def steps(
+        self, prompt: str, *, negative: str = "", seed: int = 0, original: Original | None = None, **settings: object
+    ) -> Iterator[Snapshot]:
+        """Yields every state of one picture (the first candidate), from pure noise (t = 1), or from the noisy
+        `original`, to the picture (t = 0).
+        """
+        for s in self._states([prompt], [seed], negative, self.sampling.but(**settings), original):
             image = to_pil(self.space.decode(s.x0_hat)[0])
             yield Snapshot(float(s.t), s.xt[0].cpu(), s.x0_hat[0].cpu(), s.eps_hat[0].cpu(), image)
 
@@ -137,6 +157,7 @@ class Pipeline:
         seeds: Sequence[int],
         *,
         negative: str = "",
+        original: Original | None = None,
         batch_size: int = 64,
         **settings: object,
     ) -> Float[Tensor, "n 3 h w"]:
@@ -144,7 +165,8 @@ class Pipeline:
         chosen = self.sampling.but(**settings)
         done = []
         for i in range(0, len(prompts), batch_size):
-            done.append(self._best(prompts[i : i + batch_size], seeds[i : i + batch_size], negative, chosen))
+            part = prompts[i : i + batch_size], seeds[i : i + batch_size]
+            done.append(self._best(*part, negative, chosen, original))
         return torch.cat(done)
 
     @property
@@ -159,27 +181,40 @@ class Pipeline:
         return [word for word in words(prompt) if self.vocabulary and word not in self.vocabulary]
 
     def _best(
-        self, prompts: Sequence[str], seeds: Sequence[int], negative: str, how: Sampling
+        self, prompts: Sequence[str], seeds: Sequence[int], negative: str, how: Sampling, original: Original | None
     ) -> Float[Tensor, "n 3 h w"]:
         """Draws all candidates and returns of each picture's the one that fits best (Ramesh et al. 2021, §2.6)."""
         agreement = self.agreement if how.candidates > 1 else None  # without one, say so before anything is drawn
         drawn = []
         for candidate in range(how.candidates):
-            *_, last = self._states(prompts, seeds, negative, how, candidate)
-            drawn.append(self.space.decode(last.xt).float().clamp(-1, 1).cpu())
+            *_, last = self._states(prompts, seeds, negative, how, original, candidate)
+            images = self.space.decode(last.xt).float().clamp(-1, 1).cpu()
+            drawn.append(images if original is None else original.over(images))
         if agreement is None:
             return drawn[0]
         fit = torch.stack([agreement(images, prompts) for images in drawn])
         return torch.stack(drawn)[fit.argmax(dim=0), torch.arange(len(prompts))]
 
     def _states(
-        self, prompts: Sequence[str], seeds: Sequence[int], negative: str, how: Sampling, candidate: int = 0
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        negative: str,
+        how: Sampling,
+        original: Original | None = None,
+        candidate: int = 0,
     ) -> Iterator[State]:
-        noise = ImageNoise(seeds, candidate)
-        process, shape = self.denoiser.process, (len(prompts), *self.space.shape)
+        noise, process = ImageNoise(seeds, candidate), self.denoiser.process
         times = how.grid(process, how.steps)
-        x = process.start_std(times[0]).float().to(self.device) * noise(torch.empty(shape, device=self.device))
         denoise = self.guided(self.text(prompts), self.text([negative]), how)
+        x = noise(torch.empty((len(prompts), *self.space.shape), device=self.device))
+        if original is None:
+            x = process.start_std(times[0]).to(x) * x
+        else:
+            times, x0 = original.last(times), self.space.encode(original.image[None].to(self.device))
+            x = process.alpha(times[0]).to(x) * x0 + process.sigma(times[0]).to(x) * x
+            if original.keep is not None:
+                denoise = guidance.inpainted(denoise, process, x0, self.space.inside(original.keep.to(self.device)))
         for state in how.sampler(denoise, x, times, process, noise):
             yield State(*state)
 
@@ -229,10 +264,8 @@ def words(caption: str) -> list[str]:
     return list(dict.fromkeys(re.findall(r"[^\W_]+", caption.lower())))
 
 
-def to_pil(image: Float[Tensor, "3 h w"]) -> "Image.Image":  # noqa: F821
+def to_pil(image: Float[Tensor, "3 h w"]) -> Image.Image:
     """Returns a picture in [−1, 1] as a PIL image."""
-    from PIL import Image
-
     return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 

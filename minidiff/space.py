@@ -1,6 +1,7 @@
 """The space that diffusion runs in: the pixels themselves, or the latents of a frozen autoencoder.
 
     x0 = space.encode(images)        images = space.decode(x0)        soft = space.blur(x0, spread)
+    part = space.inside(region)      which numbers of x0 belong to a region of the picture
 
 Images are (b, 3, h, w) in [−1, 1]. `space.shape` is the shape of one x0, which the network and the samplers work on;
 `factor` pixels, in height and in width, share one of its positions. What a space has measured or was built on is its
@@ -13,7 +14,7 @@ from itertools import chain, islice
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from minidiff.errors import CheckpointError, InputError, NumericsError
@@ -48,7 +49,7 @@ class Pixels:
     def to(self, device: torch.device | str) -> "Pixels":
         return self
 
-    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
+    def encode(self, images: Shaped[Tensor, "b 3 h w"]) -> Shaped[Tensor, "b c h2 w2"]:
         return rearrange(images, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
 
     def decode(self, x0: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
@@ -57,6 +58,10 @@ class Pixels:
     def blur(self, x0: Float[Tensor, "b c h2 w2"], spread: Float[Tensor, " b"]) -> Float[Tensor, "b c h2 w2"]:
         """Returns x0 of the pictures under a Gaussian blur of standard deviation `spread`, in widths of the picture."""
         return self.encode(blurred(self.decode(x0), spread))
+
+    def inside(self, region: Bool[Tensor, "h w"]) -> Bool[Tensor, "1 c h2 w2"]:
+        """Returns which numbers of x0 belong to a region of the picture."""
+        return self.encode(region.expand(1, 3, *region.shape))
 
     def measure(self, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> None:
         """Does nothing: pixels are what they are."""
@@ -117,6 +122,10 @@ class Latents:
     def blur(self, x0: Float[Tensor, "b c h2 w2"], spread: Float[Tensor, " b"]) -> Float[Tensor, "b c h2 w2"]:
         """Returns the latents under a Gaussian blur of standard deviation `spread`, in widths of the picture."""
         return blurred(x0, spread)
+
+    def inside(self, region: Bool[Tensor, "h w"]) -> Bool[Tensor, "1 1 h2 w2"]:
+        """Returns which positions of the latents lie in a region of the picture with all of their pixels."""
+        return rearrange(region, "(h p) (w q) -> 1 1 h w (p q)", p=self.factor, q=self.factor).all(dim=-1)
 
     @torch.no_grad()
     def code(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:

@@ -6,7 +6,7 @@ import torch
 from minidiff import samplers
 from minidiff.cond import Cond
 from minidiff.denoiser import Denoiser
-from minidiff.guidance import clamped, conditional, dynamic_threshold, edit_x0, guided, interval
+from minidiff.guidance import clamped, conditional, dynamic_threshold, edit_x0, guided, inpainted, interval
 from minidiff.objective import X0, Edm, Eps, FlowVelocity, Uniform, V, solve
 from minidiff.process import EDM, Cosine, Flow, Linear
 from minidiff.toy import ExactNet, GaussianMixture
@@ -173,11 +173,11 @@ def test_an_edit_that_changes_nothing_changes_nothing():
 
 
 def test_known_pixels_come_out_exactly():
-    # inpainting by replacement: because the times end at exactly 0, what is known is known to the last bit
+    # because the times end at exactly 0, what is known is known to the last bit
     process, known = Cosine(), torch.tensor([0.123456789, 0.0], dtype=torch.float64)
     mask = torch.tensor([True, False])
     denoise = conditional(MIXTURE.denoiser(process), conds())
-    painted = edit_x0(denoise, process, lambda x0: torch.where(mask, known, x0))
+    painted = inpainted(denoise, process, known, mask)
     for sampler in (samplers.ddim, samplers.heun, samplers.dpmpp_2m, samplers.ddpm):
         states = sampler(painted, points(), samplers.log_snr(process, 10), process, torch.randn_like)
         image = list(states)[-1].xt

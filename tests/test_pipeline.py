@@ -63,7 +63,7 @@ def test_of_several_candidates_the_one_that_fits_best_is_kept_and_the_first_is_t
     assert asked == [prompts] * 4
     drawn = []
     for k in range(4):
-        *_, last = pipe._states(prompts, seeds, "", pipe.sampling.but(steps=2), k)
+        *_, last = pipe._states(prompts, seeds, "", pipe.sampling.but(steps=2), candidate=k)
         drawn.append(pipe.space.decode(last.xt).clamp(-1, 1))
     torch.testing.assert_close(first, drawn[0])
     assert len({round(x[0].mean().item(), 6) for x in drawn}) == 4  # every candidate has noise of its own

@@ -13,7 +13,7 @@ from minidiff.redact import redact, redact_values
 
 CONF = Path(__file__).resolve().parents[2] / "conf"  # of a checkout
 # free text on the command line
-TEXTS = ("prompt", "negative", "out", "run", "prompts", "name", "resume", "init", "data.path", "lora")
+TEXTS = ("prompt", "negative", "out", "run", "prompts", "name", "resume", "init", "data.path", "lora", "image", "mask")
 TEXTS += ("space.vae", "text.folder", "cache")
 FLAGS = ("--help", "-h", "--multirun", "-m", "--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p")
 

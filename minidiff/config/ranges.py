@@ -34,6 +34,7 @@ SAMPLE_RANGES = {
     "n": (int, 1, 100_000),
     "seed": (int, 0, 2**63 - 1),
     "candidates": (int, 1, 10_000),
+    "strength": (float, 0.0, 1.0),
     "lora_scale": (float, -100.0, 100.0),
 }
 AUTO = ("blur",)  # numbers that may also be left to us

@@ -25,13 +25,13 @@ from minidiff.data.batches import (
     share,
 )
 from minidiff.data.captions import treat_empty_captions
-from minidiff.data.images import load_image
+from minidiff.data.images import BadImage, load_image, read_image
 from minidiff.data.samples import CaptionedImages, RowReader
 from minidiff.data.source import Source
 from minidiff.data.sources import folder, hub, parquet, shapes
 from minidiff.data.streaming import StreamedImages, resume_at, stream_readers
 
-__all__ = ["Ahead", "BadRows", "Batch", "CaptionedImages", "Draw", "RowReader", "Source", "StreamedImages"]
+__all__ = ["Ahead", "BadImage", "BadRows", "Batch", "CaptionedImages", "Draw", "RowReader", "Source", "StreamedImages"]
 __all__ += [
     "auto_workers",
     "collate",
@@ -43,4 +43,4 @@ __all__ += [
     "loader",
     "parquet",
 ]
-__all__ += ["read_batches", "resume_at", "shapes", "share", "stream_readers", "treat_empty_captions"]
+__all__ += ["read_batches", "read_image", "resume_at", "shapes", "share", "stream_readers", "treat_empty_captions"]

@@ -38,8 +38,10 @@ def load_image(
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def read_image(source: Mapping | None, background: Sequence[int]) -> Image.Image:
-    """Returns the first frame in RGB, turned as EXIF says, on `background`; raises BadImage."""
+def read_image(source: Mapping | None, background: Sequence[int] | None) -> Image.Image:
+    """Returns the first frame in RGB, turned as EXIF says, on `background`, or in RGBA if it has transparency and
+    `background` is None; raises BadImage.
+    """
     if source is None or not (source.get("bytes") or source.get("path")):
         raise BadImage("there is no image")
     file = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
@@ -68,7 +70,7 @@ def _judge_header(width: int, height: int) -> None:
         raise BadImage(f"too long for its width ({width}×{height})")
 
 
-def _to_rgb(picture: Image.Image, background: Sequence[int]) -> Image.Image:
+def _to_rgb(picture: Image.Image, background: Sequence[int] | None) -> Image.Image:
     profile = picture.info.get("icc_profile")
     if picture.mode[0] in "IF":  # 16 or 32 bits, or floats; Pillow itself would clip them to white
         return Image.fromarray(_eight_bits(np.asarray(picture), picture.mode)).convert("RGB")
@@ -78,6 +80,8 @@ def _to_rgb(picture: Image.Image, background: Sequence[int]) -> Image.Image:
         picture = picture.convert("RGB")
     picture = _to_srgb(picture, profile)
     if picture.mode == "RGBA":
+        if background is None:
+            return picture
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture)
     return picture.convert("RGB")
 
