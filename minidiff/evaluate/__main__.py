@@ -14,6 +14,7 @@ A Stable Diffusion folder draws shapes, or what is named by data=parquet data.pa
     steps= guidance=   of sampling; the run's own if not given
     candidates=1       drawn for every picture; the one that OpenCLIP finds to fit best is judged
     eyes=              MODEL/WEIGHTS of OpenCLIP that look at pictures of other worlds; the run's own if not given
+    batch_size=64      pictures drawn at once
     save=false         true: all pictures go to eval/drawn and eval/real in the run folder, for other measures
     device=auto        or cpu, cuda, mps
     debug=false        show tracebacks
@@ -38,6 +39,7 @@ OPTIONS = {
     "guidance": float,
     "candidates": int,
     "eyes": str,
+    "batch_size": int,
     "save": str,
     "device": str,
     "debug": str,
@@ -51,6 +53,7 @@ DEFAULTS = {
     "guidance": None,
     "candidates": None,
     "eyes": None,
+    "batch_size": 64,
     "save": "false",
     "device": "auto",
     "debug": "false",
@@ -75,9 +78,11 @@ def main(arguments: list[str]) -> None:
     foreign = minidiff.interop.is_pipeline(place)
     checkpoint = place if foreign else find_checkpoint(place)
     pipe = minidiff.load(checkpoint, weights=options["weights"], device=options["device"])
-    values = (
-        compose("train", data) if data else None if foreign else checkpoints.load(checkpoint, []).state.get("config")
-    )
+    values = None
+    if data:
+        values = compose("train", data)
+    elif not foreign:  # the bundled run keeps no configuration, and neither may others that were handed on
+        values = checkpoints.load(checkpoint, []).state.get("config")
     evaluate(pipe, options, place if foreign else checkpoint.parents[1], values)
 
 
@@ -99,8 +104,9 @@ def read(arguments: Sequence[str]) -> dict:
             raise InputError("MD-EVAL-002", f"{argument}: {key} must be {kind}.") from error
     if "run" not in options:
         raise InputError("MD-EVAL-003", "Say what to score: run=runs/RUN.")
-    if options["n"] is not None and options["n"] < 1:
-        raise InputError("MD-EVAL-002", f"n={options['n']}: at least one prompt is needed.")
+    for key in ("n", "batch_size"):
+        if options[key] is not None and options[key] < 1:
+            raise InputError("MD-EVAL-002", f"{key}={options[key]}: it must be at least 1.")
     if options["save"] not in ("true", "false"):
         raise InputError("MD-EVAL-002", f"save={options['save']}: it must be true or false.")
     return options
@@ -111,7 +117,7 @@ def evaluate(pipe: "Pipeline", options: dict, folder: Path, values: dict | None 
     and writes eval.json and eval.png into `folder`.
     """
     how = {name: options[name] for name in ("steps", "guidance", "candidates")}
-    calls, draw = NetworkCalls(pipe), partial(pipe.sample, **how)
+    calls, draw = NetworkCalls(pipe), partial(pipe.sample, batch_size=options["batch_size"], **how)
     place = {"split": options["split"], "seed": options["seed"]}
     if values is None or values["data"]["_target_"] == SHAPES:
         from minidiff.evaluate.scenes import judge_scenes

@@ -94,7 +94,7 @@ def interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def table(report: dict, n: int) -> list[str]:
     """Returns the scores as lines of text."""
-    lines = [f"{'category':<18} {'exact':>6}   {'95 % interval':<13}  {'rms':>6}"]
+    lines = [f"{n} prompts per category", "", f"{'category':<18} {'exact':>6}   {'95 % interval':<13}  {'rms':>6}"]
     for name, score in report["categories"].items():
         low, high = interval(score, n)
         lines.append(f"{name:<18} {score:6.3f}   {low:.3f} … {high:.3f}  {report['rms_categories'][name]:6.3f}")
