@@ -65,13 +65,7 @@ def main(values: dict) -> None:
             f"{pipe.space.image_size}×{pipe.space.image_size} pixels at once. Take a smaller batch_size; or "
             "guidance=1, which halves the network's batch; or device=cpu. Nothing was written.",
         ) from error
-    how = describe(pipe.sampling.but(**settings))
-    how |= {name: values[name] for name in ("negative", "weights", "lora", "lora_scale")}
-    how |= {"run": pipe.name, "minidiff": minidiff.__version__}
-    how["precision"] = pipe.precision
-    if original is not None:
-        how |= {name: Path(values[name]).name for name in ("image", "mask") if values[name] is not None}
-        how["strength"] = original.strength
+    how = facts(pipe, values, settings, original)
     made = [
         (to_pil(image), MADE_BY_A_MODEL | {"prompt": prompt, "seed": seed} | how)
         for image, (prompt, seed) in zip(images, jobs, strict=True)
@@ -98,7 +92,7 @@ def read_prompts(values: dict) -> list[str]:
 
 def read_original(pipe, values: dict) -> "Original | None":  # noqa: F821
     """Returns the picture to begin with, read as carefully as training data, or None."""
-    from minidiff.data import BadImage, read_image
+    from minidiff.data import BadImage, read_transparent
 
     given = [name for name in ("image", "mask", "strength") if values[name] is not None]
     if "image" not in given:
@@ -108,7 +102,7 @@ def read_original(pipe, values: dict) -> "Original | None":  # noqa: F821
     pictures = []
     for name in ("image", "mask"):
         try:
-            pictures.append(values[name] and read_image({"path": values[name]}, background=None))
+            pictures.append(values[name] and read_transparent({"path": values[name]}))
         except BadImage as error:
             raise InputError("MD-SAMPLE-014", f"{name}={values[name]} cannot be read: {error}.") from error
     return pipe.original(pictures[0], mask=pictures[1], strength=values["strength"])
@@ -127,6 +121,19 @@ def remarks(pipe, prompt: str) -> list[str]:
     if lost := pipe.text.tokenizer.lost(prompt):
         said.append(f"note: the prompt is longer than {pipe.text.tokenizer.length} tokens; this part is lost: {lost!r}")
     return said
+
+
+def facts(pipe, values: dict, settings: dict, original: "Original | None") -> dict:  # noqa: F821
+    """Returns what is needed to make a picture again, but for its prompt and seed, as plain values."""
+    import minidiff
+
+    how = describe(pipe.sampling.but(**settings))
+    how |= {name: values[name] for name in ("negative", "weights", "lora", "lora_scale")}
+    how |= {"run": pipe.name, "minidiff": minidiff.__version__, "precision": pipe.precision}
+    if original is not None:
+        how |= {name: Path(values[name]).name for name in ("image", "mask") if values[name] is not None}
+        how["strength"] = original.strength
+    return how
 
 
 def describe(how) -> dict:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from minidiff.data import as_tensor, opaque, square
 from minidiff.errors import InputError
 
+WHITE = (255, 255, 255)
 STRENGTH = 0.75  # of an image without a mask
 OPAQUE = 128  # of 255: alpha from which a pixel stays; brightness of a mask from which it is drawn anew
 
@@ -56,35 +58,37 @@ def prepare(
     `mask` is white where the picture is to be drawn anew; without one, this is where it is transparent. By default
     `strength` is 1 if pixels stay, else 0.75. Raises InputError (MD-SAMPLE-015) for a mask that does not fit.
     """
-    size = (image_size, image_size)
-    if mask is not None and mask.size != image.size:
+    pixels = as_tensor(square(opaque(image, WHITE), image_size)).float() / 127.5 - 1
+    keep = opaque_pixels(image, image_size) if mask is None else black_pixels(mask, image, image_size)
+    if strength is None:
+        strength = STRENGTH if keep is None else 1.0
+    return Original(image=pixels, keep=keep, strength=strength)
+
+
+def opaque_pixels(image: Image.Image, image_size: int) -> Bool[Tensor, "h w"] | None:
+    """Returns where a picture is opaque, or None if it is so everywhere."""
+    if not image.has_transparency_data:
+        return None
+    alpha = square(image.convert("RGBA").getchannel("A"), image_size, Image.Resampling.BOX)
+    keep = torch.from_numpy(np.array(alpha)) >= OPAQUE
+    return None if keep.all() else keep
+
+
+def black_pixels(mask: Image.Image, image: Image.Image, image_size: int) -> Bool[Tensor, "h w"]:
+    """Returns where a mask is black; raises InputError (MD-SAMPLE-015) if it is so everywhere, or has another size than
+    its picture.
+    """
+    if mask.size != image.size:
         raise InputError(
             "MD-SAMPLE-015",
             f"The mask has {mask.width}×{mask.height} pixels and the image {image.width}×{image.height}: the mask says "
             "of every pixel of the image whether it is drawn anew (white) or stays (black). Give it the same size.",
         )
-    keep = None
-    if mask is not None:
-        keep = np.asarray(ImageOps.fit(mask.convert("L"), size, Image.Resampling.BOX)) < OPAQUE
-    elif image.has_transparency_data:
-        keep = np.asarray(ImageOps.fit(image.convert("RGBA").getchannel("A"), size, Image.Resampling.BOX)) >= OPAQUE
-    if keep is not None and keep.all():
-        if mask is not None:
-            raise InputError(
-                "MD-SAMPLE-015",
-                "The mask is black, so every pixel of the image stays and nothing is left to draw. Paint white what "
-                "should be drawn anew.",
-            )
-        keep = None  # opaque after all
-    strength = strength if strength is not None else STRENGTH if keep is None else 1.0
-    pixels = np.asarray(ImageOps.fit(on_white(image), size, Image.Resampling.LANCZOS))
-    x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
-    return Original(image=x, keep=None if keep is None else torch.from_numpy(keep), strength=strength)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """Returns a picture in RGB, transparency shown on white."""
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    keep = torch.from_numpy(np.array(square(mask.convert("L"), image_size, Image.Resampling.BOX))) < OPAQUE
+    if keep.all():
+        raise InputError(
+            "MD-SAMPLE-015",
+            "The mask is black, so every pixel of the image stays and nothing is left to draw. Paint white what should "
+            "be drawn anew.",
+        )
+    return keep

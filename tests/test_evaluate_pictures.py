@@ -14,7 +14,7 @@ from torch_fidelity.metric_kid import kernel_mmd
 
 from minidiff.errors import DataError, InputError
 from minidiff.evaluate.__main__ import main, read
-from minidiff.evaluate.pictures import Real, agreement, cmmd, judge_pictures, real_pictures, tells_apart
+from minidiff.evaluate.pictures import Real, cmmd, judge_pictures, prompt_scores, real_pictures, tells_apart
 from minidiff.shapes import example, render
 from minidiff.text import tiny
 
@@ -102,9 +102,9 @@ def test_r_precision_counts_distinct_captions_and_no_ties(eyes):
     """Pictures of whom two share a caption choose from the distinct ones; a fit that is no better does not count."""
     captions = ["a red star", "a red star", "a blue ring"]
     vectors = eyes.captions(captions)
-    assert agreement(eyes, vectors, captions, seed=0) == pytest.approx((100, 1))
+    assert prompt_scores(eyes, vectors, captions, seed=0) == pytest.approx((100, 1))
     neither = torch.zeros_like(vectors)
-    assert agreement(eyes, neither, captions, seed=0) == (0, 0)
+    assert prompt_scores(eyes, neither, captions, seed=0) == (0, 0)
 
 
 # ------------------------------------------------------------------------------------------------- a whole run

@@ -25,7 +25,7 @@ from minidiff.data.batches import (
     share,
 )
 from minidiff.data.captions import treat_empty_captions
-from minidiff.data.images import BadImage, load_image, read_image
+from minidiff.data.images import BadImage, as_tensor, load_image, opaque, read_transparent, square
 from minidiff.data.samples import CaptionedImages, RowReader
 from minidiff.data.source import Source
 from minidiff.data.sources import folder, hub, parquet, shapes
@@ -33,6 +33,7 @@ from minidiff.data.streaming import StreamedImages, resume_at, stream_readers
 
 __all__ = ["Ahead", "BadImage", "BadRows", "Batch", "CaptionedImages", "Draw", "RowReader", "Source", "StreamedImages"]
 __all__ += [
+    "as_tensor",
     "auto_workers",
     "collate",
     "dead_workers",
@@ -41,6 +42,16 @@ __all__ += [
     "hub",
     "load_image",
     "loader",
+    "opaque",
     "parquet",
 ]
-__all__ += ["read_batches", "read_image", "resume_at", "shapes", "share", "stream_readers", "treat_empty_captions"]
+__all__ += [
+    "read_batches",
+    "read_transparent",
+    "resume_at",
+    "shapes",
+    "share",
+    "square",
+    "stream_readers",
+    "treat_empty_captions",
+]

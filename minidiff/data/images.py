@@ -32,16 +32,34 @@ def load_image(
 
     Raises BadImage, whatever the reason.
     """
-    picture = read_image(source, background)
-    if picture.size != (image_size, image_size):
-        picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.LANCZOS)
+    return as_tensor(square(read_image(source, background), image_size))
+
+
+def square(picture: Image.Image, size: int, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """Scales the shorter side to `size` pixels and crops the centre."""
+    return picture if picture.size == (size, size) else ImageOps.fit(picture, (size, size), resampling)
+
+
+def opaque(picture: Image.Image, background: Sequence[int]) -> Image.Image:
+    """Returns a picture in RGB, transparency shown on `background`."""
+    if picture.has_transparency_data:
+        sheet = Image.new("RGBA", picture.size, (*background, 255))
+        picture = Image.alpha_composite(sheet, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def as_tensor(picture: Image.Image) -> UInt8[Tensor, "3 h w"]:
+    """Returns the pixels of an RGB picture."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def read_image(source: Mapping | None, background: Sequence[int] | None) -> Image.Image:
-    """Returns the first frame in RGB, turned as EXIF says, on `background`, or in RGBA if it has transparency and
-    `background` is None; raises BadImage.
-    """
+def read_image(source: Mapping | None, background: Sequence[int]) -> Image.Image:
+    """Returns the first frame in RGB, turned as EXIF says, on `background`; raises BadImage."""
+    return opaque(read_transparent(source), background)
+
+
+def read_transparent(source: Mapping | None) -> Image.Image:
+    """Returns the first frame, turned as EXIF says, in RGBA if it has transparency and else in RGB; raises BadImage."""
     if source is None or not (source.get("bytes") or source.get("path")):
         raise BadImage("there is no image")
     file = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
@@ -50,7 +68,7 @@ def read_image(source: Mapping | None, background: Sequence[int] | None) -> Imag
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we draw the line lower, below
             with Image.open(file, formats=FORMATS) as opened:
                 _judge_header(*opened.size)
-                return _to_rgb(ImageOps.exif_transpose(opened), background)
+                return _to_eight_bits(ImageOps.exif_transpose(opened))
     except BadImage:
         raise
     except Image.UnidentifiedImageError as error:
@@ -70,7 +88,7 @@ def _judge_header(width: int, height: int) -> None:
         raise BadImage(f"too long for its width ({width}×{height})")
 
 
-def _to_rgb(picture: Image.Image, background: Sequence[int] | None) -> Image.Image:
+def _to_eight_bits(picture: Image.Image) -> Image.Image:
     profile = picture.info.get("icc_profile")
     if picture.mode[0] in "IF":  # 16 or 32 bits, or floats; Pillow itself would clip them to white
         return Image.fromarray(_eight_bits(np.asarray(picture), picture.mode)).convert("RGB")
@@ -79,11 +97,7 @@ def _to_rgb(picture: Image.Image, background: Sequence[int] | None) -> Image.Ima
     elif picture.mode == "P":
         picture = picture.convert("RGB")
     picture = _to_srgb(picture, profile)
-    if picture.mode == "RGBA":
-        if background is None:
-            return picture
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGBA" else picture.convert("RGB")
 
 
 def _eight_bits(x: np.ndarray, mode: str) -> np.ndarray:

@@ -73,7 +73,7 @@ def judge_pictures(draw: Draw, real: Real, eyes: Agreement, seed: int = 0) -> Ju
     report |= {"eyes": eyes.name, "data": real.source}
     vectors = {"drawn": look(eyes, drawn), "real": look(eyes, real.images)}
     for name, seen in vectors.items():
-        score, precision = agreement(eyes, seen[told], captions, seed) if told else (None, None)
+        score, precision = prompt_scores(eyes, seen[told], captions, seed) if told else (None, None)
         report |= {f"clip_score_{name}": score, f"r_precision_{name}": precision}
     some, others = torch.randperm(len(drawn), generator=generator(seed, "halves")).chunk(2)
     report["cmmd_drawn"] = cmmd(vectors["drawn"], vectors["real"])
@@ -88,7 +88,7 @@ def look(eyes: Agreement, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 
     return torch.cat([eyes.pictures(part) for part in eight_bits.split(AT_ONCE)])
 
 
-def agreement(
+def prompt_scores(
     eyes: Agreement, pictures: Float[Tensor, "n e"], captions: Sequence[str], seed: int
 ) -> tuple[float, float]:
     """Returns the CLIP score and the R-precision of pictures (their unit vectors), each with its caption.
