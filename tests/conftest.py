@@ -1,9 +1,10 @@
 """What several rooms' tests share: a run of the shapes world that is tiny enough to train in seconds."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,18 @@ def train(folder: Path, *overrides: str, base: Sequence[str] = TINY_RUN) -> Path
         os.chdir(before)
         sys.path.remove(str(CONF.parent))
     return folder / "runs" / values["name"]
+
+
+@pytest.fixture
+def without_shape_checks() -> Iterator[None]:
+    """Computes as a user does, without the checks of shapes. For tests that call the same small functions thousands
+    of times, where checking would take most of the time; the same functions are checked where other tests call them.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -90,6 +90,7 @@ def test_C10_a_look_at_some_rows_says_at_how_many(dirty, tmp_path, monkeypatch, 
     assert "of the validation are in the first 12 rows to train on" in shown and "of 12 have no caption" in shown
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_A10_a_run_is_looked_over(tiny_run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(tiny_run, copy)

@@ -112,6 +112,7 @@ def differences(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     return (off <= 1).mean(), (off == 0).mean()
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
     "name, scheduler",
     [(name, x) for name in ("sd1", "sd2") for x in SCHEDULERS if (name, x) != ("sd2", "ddim as of old")],

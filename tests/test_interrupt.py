@@ -15,6 +15,7 @@ from conftest import ROOT, TINY_RUN, train
 from minidiff import checkpoint, fit
 from minidiff.interrupt import Interruption
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")  # trains dozens of times
 FAST = ["every.preview=2", "every.validate=100", "every.save=2", "steps=6", "data.n=24"]
 
 

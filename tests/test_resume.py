@@ -14,6 +14,7 @@ from conftest import train
 from minidiff import checkpoint, fit
 from minidiff.errors import CheckpointError, InputError, MachineError
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")  # trains some hundred times
 FAST = ["every.preview=100", "every.validate=100", "every.save=100", "keep=100", "data.n=24"]  # 3 updates an epoch
 
 

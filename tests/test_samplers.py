@@ -19,6 +19,7 @@ PROCESSES = [*WITH_SIGNAL, ZeroTerminalSNR(ScaledLinear())]
 ODE_SAMPLERS = [ddim, euler, heun, dpmpp_2m, unipc]
 SAMPLERS = [*ODE_SAMPLERS, ddpm, euler_ancestral, dpmpp_2m_sde]
 
+unchecked = pytest.mark.usefixtures("without_shape_checks")
 every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 every_process_with_signal = pytest.mark.parametrize("process", WITH_SIGNAL, ids=lambda p: type(p).__name__)
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.__name__)
@@ -115,6 +116,7 @@ def test_one_step_is_the_first_guess(sampler):
     )
 
 
+@unchecked
 @every_process
 @every_sampler
 def test_the_objective_does_not_change_the_image(process, sampler):
@@ -145,6 +147,7 @@ def test_float32_stays_finite_float32_from_the_noisiest_time(process, sampler, g
 # The ODE.
 
 
+@unchecked
 @every_process_with_signal
 @pytest.mark.parametrize("sampler, order, tolerance", [(ddim, 1, 0.04), (heun, 2, 2e-3), (dpmpp_2m, 2, 2e-3)])
 def test_every_process_reaches_the_same_image_at_the_samplers_order(process, sampler, order, tolerance):
@@ -154,6 +157,7 @@ def test_every_process_reaches_the_same_image_at_the_samplers_order(process, sam
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.12)
 
 
+@unchecked
 @every_process_with_signal
 def test_the_corrector_lifts_unipc_to_third_order(process):
     errors = [error(unipc, process, stops(samplers.log_snr, process, n + 1)) for n in (120, 240, 480)]
@@ -164,6 +168,7 @@ def test_the_corrector_lifts_unipc_to_third_order(process):
     assert few[1] < 0.6 * few[0]
 
 
+@unchecked
 @pytest.mark.parametrize("sampler, order", [(ddim, 1), (heun, 2), (dpmpp_2m, 2), (unipc, 3)])
 def test_the_order_holds_for_steps_of_unequal_width(sampler, order):
     # a multistep method must know how wide its last step was: here widths alternate between 1 and 2
@@ -178,6 +183,7 @@ def test_the_order_holds_for_steps_of_unequal_width(sampler, order):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15 if order < 3 else 0.5)
 
 
+@unchecked
 @every_process
 @pytest.mark.parametrize("sampler, tolerance", [(ddim, 0.07), (heun, 0.005), (dpmpp_2m, 0.002), (unipc, 0.002)])
 def test_gaussian_data_flow_along_straight_quantiles(process, sampler, tolerance):
@@ -279,6 +285,7 @@ def test_a_step_is_bayes_rule(process, sampler):
     torch.testing.assert_close(step(torch.ones_like(x)) - mean, precision.rsqrt().expand_as(x))
 
 
+@unchecked
 def test_ddpm_is_equation_7_of_ddpm():
     process, x = Linear(), start(Linear())
     t, s = torch.tensor([500 / 999, 499 / 999], dtype=torch.float64)
@@ -305,6 +312,7 @@ def variance_of_images(sampler, process, n):
     return (last(sampler(data.denoiser(process), x, times, process, lambda x: next(rows))) ** 2).sum().item()
 
 
+@unchecked
 @every_process
 @pytest.mark.parametrize("sampler", [ddpm, lambda *args: ddim(*args, eta=0.5)], ids=["ddpm", "ddim_half"])
 def test_stochastic_samplers_give_images_of_the_right_variance(process, sampler):
@@ -313,6 +321,7 @@ def test_stochastic_samplers_give_images_of_the_right_variance(process, sampler)
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.15)  # first order
 
 
+@unchecked
 @every_process
 def test_dpmpp_2m_sde_gives_the_right_variance_at_second_order(process):
     errors = [variance_of_images(dpmpp_2m_sde, process, n) - 0.3**2 for n in (60, 120)]
@@ -331,6 +340,7 @@ def test_the_first_steps_of_dpmpp_2m_sde_and_unipc_are_ddpm_and_ddim(process):
 # Tables of discrete levels.
 
 
+@unchecked
 @every_sampler
 @pytest.mark.parametrize("zero_snr", [False, True], ids=["plain", "zero_snr"])
 @pytest.mark.parametrize("grid", [grids.trailing, grids.karras], ids=lambda g: g.__name__)
@@ -386,6 +396,7 @@ def test_centred_takes_short_steps_where_noise_and_data_are_equally_strong(proce
     assert int(half_snr.diff().argmin()) == nearest
 
 
+@unchecked
 @pytest.mark.parametrize("sampler", [dpmpp_2m, unipc, ddim], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("process", [Linear(), Cosine(), Flow(), EDM()], ids=lambda p: type(p).__name__)
 def test_centred_steps_lose_less_than_as_many_steps_of_log_snr_and_karras(process, sampler):

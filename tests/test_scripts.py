@@ -1,9 +1,14 @@
 """The two scripts as a user runs them."""
 
+import io
 import json
+import runpy
 import subprocess
 import sys
+import traceback
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import TINY_RUN, train
@@ -15,9 +20,30 @@ from minidiff.errors import MachineError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+def process(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs a script in a process of its own, as a shell does; most of its time goes into imports."""
     command = [sys.executable, str(ROOT / name), *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs a script as `process` does, but in this one."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        chdir(cwd),
+        mock.patch.object(sys, "argv", [str(ROOT / name), *arguments]),
+        mock.patch.object(sys, "path", [str(ROOT), *sys.path]),
+    ):
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        except Exception:  # the interpreter would print it
+            traceback.print_exc()
+            code = 1
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def lines(run: Path) -> list[dict]:
@@ -80,7 +106,7 @@ def test_every_objective_trains(tmp_path, objective):
 
 def test_sample_writes_pictures_that_say_how_they_were_made(tiny_run, tmp_path):
     out = tmp_path / "one.png"
-    done = script(
+    done = process(
         "sample.py", f"run={tiny_run}", "prompt=a zebra, large", "seed=0", "steps=2", f"out={out}", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
@@ -169,8 +195,13 @@ def test_bad_input_is_one_paragraph_and_an_exit_code(name, arguments, code, word
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_process_says_the_same(tmp_path):
+    one, other = (run("train.py", "optim.lrr=1", cwd=tmp_path) for run in (process, script))
+    assert (one.returncode, one.stdout, one.stderr) == (other.returncode, other.stdout, other.stderr)
+
+
 def test_debug_shows_the_traceback(tmp_path):
-    done = script("train.py", "debug=true", "image_size=50", cwd=tmp_path)
+    done = process("train.py", "debug=true", "image_size=50", cwd=tmp_path)
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 

@@ -1,7 +1,5 @@
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -30,7 +28,7 @@ from minidiff.shapes import (
 from minidiff.shapes.claim import RELATIONS
 from minidiff.shapes.sample import HELDOUT_COLOURED, HELDOUT_TOGETHER, novelty
 
-SCENES = 2000
+unchecked = pytest.mark.usefixtures("without_shape_checks")
 
 
 def things(scene: Scene) -> list[tuple]:
@@ -48,31 +46,23 @@ def noisy(image: np.ndarray, std: float, rng: np.random.Generator) -> np.ndarray
     )
 
 
-def misread(job: tuple[int, float, int, int]) -> list[str]:
-    """Returns which of the scenes first … last, drawn at px and with noise, are not read back exactly."""
-    px, std, first, last = job
-    rng, wrong = np.random.default_rng(first), []
-    for i in range(first, last):
+@unchecked
+@pytest.mark.parametrize("std", [0.0, 0.1])
+@pytest.mark.parametrize("px", [32, 64])
+def test_parse_undoes_render(px, std):
+    """2,000 scenes, clean and under noise of standard deviation 0.1."""
+    rng, wrong = np.random.default_rng(0), []
+    for i in range(2000):
         scene = example(("train", "heldout")[i % 2], i).scene
-        picture = noisy(render(scene, px), std, rng) if std else render(scene, px)
-        read = parse(picture)
+        read = parse(noisy(render(scene, px), std, rng) if std else render(scene, px))
         if (read.background, things(read)) != (scene.background, things(scene)):
             wrong.append(f"{i}: {scene} was read as {read}")
-        elif not std and distance(picture, read) > 0.02:
-            wrong.append(f"{i}: {distance(picture, read)} away")
-    return wrong
+        elif not std and (away := distance(render(scene, px), read)) > 0.02:
+            wrong.append(f"{i}: {away} away")
+    assert wrong == []
 
 
-@pytest.mark.parametrize("px", [32, 64])
-def test_parse_undoes_render(px):
-    """2,000 scenes, clean and under noise of standard deviation 0.1; in processes without the shape checks, for
-    speed.
-    """
-    jobs = [(px, std, i, i + SCENES // 4) for std in (0.0, 0.1) for i in range(0, SCENES, SCENES // 4)]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        assert [text for wrong in pool.map(misread, jobs) for text in wrong] == []
-
-
+@unchecked
 def test_parse_measures_position_and_size():
     for i in range(100):
         scene = example("train", i, weights={"single_object": 1.0}).scene
@@ -123,6 +113,7 @@ def test_examples_are_functions_of_seed_split_and_index(split):
     assert len({e.captions for e in again}) == 10
 
 
+@unchecked
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_siblings_share_colours_and_background_and_differ_in_the_rest(split):
     families = [[example(split, 8 * i + j, siblings=8) for j in range(8)] for i in range(200)]
@@ -165,6 +156,7 @@ def test_things_stay_inside_and_apart():
                 assert np.hypot(a.x - b.x, a.y - b.y) > a.r + b.r + 2 * 2 / 32
 
 
+@unchecked
 def test_heldout_compositions_are_never_trained_and_always_tested():
     for i in range(1500):
         for split in ("train", "test"):
@@ -177,6 +169,7 @@ def test_heldout_compositions_are_never_trained_and_always_tested():
     assert {c for c, _ in HELDOUT_COLOURED} == set(COLOURS)
 
 
+@unchecked
 @pytest.mark.parametrize("category", CATEGORIES)
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_every_caption_claims_something_true(split, category):

@@ -203,6 +203,7 @@ SMALL += ["precision=fp32", "sampling_steps=2", "data=parquet", "workers=0", "da
 SMALL += ["data.buffer_size=4", "every.save=100", "every.preview=100", "every.validate=100", "every.log=1"]
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_D4_D7_a_run_whose_stream_is_gone_saves_exits_6_and_goes_on(accumulate, tmp_path, monkeypatch, capsys):
     base = [*SMALL, f"data.path={files(tmp_path)}", f"accumulate={accumulate}", "max_bad=0.5"]

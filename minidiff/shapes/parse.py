@@ -126,7 +126,8 @@ class _Window:
         self.target, self.xs, self.ys, self.px = target.reshape(-1, 3), xs, ys, px
         main, second = np.moveaxis(TONES - background, 1, 0)  # (colour, rgb) each
         self.tones = np.concatenate([main, second], 1).T  # (tone·rgb, colour)
-        self.products = np.stack([(main**2).sum(1), 2 * (main * second).sum(1), (second**2).sum(1)])  # (3, colour)
+        across = (main * second).sum(1)
+        self.products = np.stack([(main**2).sum(1), across, across, (second**2).sum(1)])  # (tone·tone, colour)
         self.energy = float((self.target**2).sum())
 
     def errors(
@@ -139,12 +140,12 @@ class _Window:
         colour.
         """
         x, y, r = (spots[:, i, None, None] for i in range(3))
-        u, v = np.broadcast_arrays((self.xs[None, None, :] - x) / r, (self.ys[None, :, None] - y) / r)
-        scale = r * self.px / 2
-        cover, share = coverage(shape, u, v, scale), np.stack([MAIN_TONE[texture](u, v, scale) for texture in textures])
-        main, second = (m.reshape(*share.shape[:2], -1) for m in (cover * share, cover * (1 - share)))
-        overlaps = np.stack([(main**2).sum(2), (main * second).sum(2), (second**2).sum(2)], 2)
-        explained = np.concatenate([main @ self.target, second @ self.target], 2)
+        u, v, scale = (self.xs[None, None, :] - x) / r, (self.ys[None, :, None] - y) / r, r * self.px / 2
+        share = np.stack([MAIN_TONE[texture](u, v, scale) for texture in textures])
+        drawn = coverage(shape, u, v, scale)[:, None] * np.stack([share, 1 - share], 2)  # (texture, n, tone, h, w)
+        drawn = drawn.reshape(*drawn.shape[:3], -1)
+        explained, overlaps = drawn @ self.target, drawn @ drawn.swapaxes(2, 3)
+        explained, overlaps = (a.reshape(*a.shape[:2], -1) for a in (explained, overlaps))
         error = self.energy - 2 * explained @ self.tones + overlaps @ self.products
         return error.min(2), error.argmin(2)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 
 from minidiff.shapes.scene import BACKGROUNDS, COLOURS, Scene, Thing
 
-Grid = Float[np.ndarray, "*n"]
+Grid = Float[np.ndarray, "..."]  # u and v may be a row and a column that broadcast against each other
 Scale = Float[np.ndarray, "..."] | float  # a radius in pixels; broadcasts against a grid
 
 RING_HOLE = 0.5  # radius of the hole
@@ -77,7 +77,7 @@ def _wave(s: Grid, period: float) -> Grid:
 
 
 def _solid(u: Grid, v: Grid, scale: Scale) -> Grid:
-    return np.ones_like(u)
+    return np.ones_like(u + v)
 
 
 def _striped(u: Grid, v: Grid, scale: Scale) -> Grid:
