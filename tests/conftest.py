@@ -1,6 +1,9 @@
 """What several rooms' tests share: a run of the shapes world that is tiny enough to train in seconds."""
 
+import copy
+import functools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,11 +23,17 @@ TINY_RUN += ["every.log=1", "every.preview=4", "every.validate=2", "every.save=2
 TINY_RUN += ["compile=false", "precision=fp32", "device=cpu", "workers=0", "cache=none"]
 
 
+@functools.cache
+def composed(*overrides: str) -> dict:
+    """The configuration of a training, which Hydra takes a good part of a second to compose."""
+    from minidiff.config import compose
+
+    return compose("train", overrides)
+
+
 def train(folder: Path, *overrides: str, base: Sequence[str] = TINY_RUN) -> Path:
     """Trains inside `folder` as `python train.py` would, in this process; returns the run folder."""
-    import sys
-
-    from minidiff.config import CONF, compose
+    from minidiff.config import CONF
 
     sys.path.insert(0, str(CONF.parent))
     import train as script
@@ -33,7 +42,7 @@ def train(folder: Path, *overrides: str, base: Sequence[str] = TINY_RUN) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     try:
-        values = compose("train", [*base, *overrides])
+        values = copy.deepcopy(composed(*base, *overrides))
         script.train(values)
     finally:
         os.chdir(before)
