@@ -59,19 +59,22 @@ def distance(image: UInt8[np.ndarray, "px px 3"], scene: Scene) -> float:
 
 def _parts(mask: Bool[np.ndarray, "px px"]) -> list[Bool[np.ndarray, "px px"]]:
     """Returns the connected parts of a mask; pixels that touch at a corner are connected."""
-    parts, inside = [], np.argwhere(mask).tolist()
-    left = set(map(tuple, inside))
-    for y, x in inside:
-        if (y, x) not in left:
+    width = mask.shape[1] + 2  # with a margin, a step aside never reaches the next row
+    around = [dy * width + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+    parts, inside = [], np.flatnonzero(np.pad(mask, 1)).tolist()
+    left = set(inside)
+    for start in inside:
+        if start not in left:
             continue
-        left.remove((y, x))
-        reached = [(y, x)]
-        for y, x in reached:  # grows as it goes
-            near = left.intersection([(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
+        left.remove(start)
+        reached = [start]
+        for pixel in reached:  # grows as it goes
+            near = left.intersection([pixel + step for step in around])
             left -= near
             reached += near
+        ys, xs = np.divmod(reached, width)
         part = np.zeros_like(mask)
-        part[tuple(np.array(reached).T)] = True
+        part[ys - 1, xs - 1] = True
         parts.append(part)
     return parts
 
