@@ -1,5 +1,6 @@
 """Text towers against transformers: random weights, tiny widths, the standard vocabulary and one of our own."""
 
+import functools
 import json
 
 import pytest
@@ -30,6 +31,7 @@ every_tower = pytest.mark.parametrize(
 )
 
 
+@functools.cache
 def standard_vocabulary():
     import open_clip
 
