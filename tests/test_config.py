@@ -1,4 +1,5 @@
 import functools
+from collections.abc import Callable
 
 import pytest
 
@@ -6,8 +7,10 @@ from minidiff.config import CONF, SAMPLE_RANGES, TRAIN_RANGES, build, check, com
 from minidiff.errors import InputError
 from minidiff.interop import save_vae
 from minidiff.nn.tiny_vae import TinyVAE
-from minidiff.process import Cosine
+from minidiff.objective import Objective
+from minidiff.process import Cosine, Process
 from minidiff.samplers import ddim
+from minidiff.space import Latents, Pixels
 
 
 def test_build_makes_objects_functions_and_plain_values():
@@ -97,12 +100,17 @@ def choices(group: str) -> list[str]:
     return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
 
 
-@pytest.mark.parametrize("group", ["process", "objective", "weighting", "sampler", "grid", "space"])
+KINDS = {"process": Process, "objective": Objective, "space": (Pixels, Latents)}
+KINDS |= dict.fromkeys(["weighting", "sampler", "grid"], Callable)
+
+
+@pytest.mark.parametrize("group", KINDS)
 def test_every_choice_of_every_group_builds(group, tmp_path):
     save_vae(TinyVAE(channels=4), tmp_path)
     needs = {"latents": [f"space.vae={tmp_path}"]}
     for name in choices(group):
-        build(compose("train", [f"{group}={name}", *needs.get(name, [])])[group])
+        made = build(compose("train", [f"{group}={name}", *needs.get(name, [])])[group])
+        assert isinstance(made, KINDS[group]), name
 
 
 @pytest.mark.parametrize("name", choices("experiment"))

@@ -197,6 +197,12 @@ def test_schedule_plot_draws_what_the_processes_say():
     assert len(set(colours)) == len(set(dashes)) == len(processes)
 
 
+def crosses(axes) -> list[list[float]]:
+    """Returns where each line of crosses has them."""
+    lines = [line for line in axes.get_lines() if line.get_marker() == "x" and len(line.get_xdata())]
+    return [list(line.get_xdata()) for line in lines]
+
+
 def test_curves_show_losses_and_mark_where_they_are_nan(run):
     pytest.importorskip("matplotlib")
     rows = [{"step": s, "loss": 1 / s, "lr": 1e-3} for s in range(1, 11)]
@@ -206,14 +212,14 @@ def test_curves_show_losses_and_mark_where_they_are_nan(run):
     lines = lines_of(loss)
     assert {"training batch", "validation, raw", "validation, EMA"} <= set(lines)
     assert np.isnan(lines["training batch"].get_ydata()).sum() == 2
-    crosses = [line for line in loss.get_lines() if line.get_marker() == "x" and len(line.get_xdata())]
-    assert [list(line.get_xdata()) for line in crosses] == [[4, 7]]
+    assert crosses(loss) == [[4, 7]]
     assert list(lines_of(rate)["lr"].get_ydata()) == [1e-3] * 10
 
 
 def test_curves_of_a_run_that_was_never_finite_are_still_drawn(run):
     pytest.importorskip("matplotlib")
-    draw(viz.curves(run([{"step": s, "loss": math.nan} for s in range(3)])))
+    loss, *_ = draw(viz.curves(run([{"step": s, "loss": math.nan} for s in range(3)])))
+    assert crosses(loss) == [[0, 1, 2]]
 
 
 def test_noise_levels_spread_over_the_run(run):
