@@ -44,8 +44,8 @@ def opaque(picture: Image.Image, background: Sequence[int]) -> Image.Image:
     """Returns a picture in RGB, transparency shown on `background`."""
     if picture.has_transparency_data:
         sheet = Image.new("RGBA", picture.size, (*background, 255))
-        picture = Image.alpha_composite(sheet, picture.convert("RGBA"))
-    return picture.convert("RGB")
+        picture = Image.alpha_composite(sheet, _in(picture, "RGBA"))
+    return _in(picture, "RGB")
 
 
 def as_tensor(picture: Image.Image) -> UInt8[Tensor, "3 h w"]:
@@ -68,7 +68,9 @@ def read_transparent(source: Mapping | None) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we draw the line lower, below
             with Image.open(file, formats=FORMATS) as opened:
                 _judge_header(*opened.size)
-                return _to_eight_bits(ImageOps.exif_transpose(opened))
+                ImageOps.exif_transpose(opened, in_place=True)
+                opened.load()
+                return _to_eight_bits(opened)
     except BadImage:
         raise
     except Image.UnidentifiedImageError as error:
@@ -97,7 +99,12 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
     elif picture.mode == "P":
         picture = picture.convert("RGB")
     picture = _to_srgb(picture, profile)
-    return picture if picture.mode == "RGBA" else picture.convert("RGB")
+    return picture if picture.mode == "RGBA" else _in(picture, "RGB")
+
+
+def _in(picture: Image.Image, mode: str) -> Image.Image:
+    """Converts to a mode; Pillow would copy a picture that has it already."""
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
 def _eight_bits(x: np.ndarray, mode: str) -> np.ndarray:
